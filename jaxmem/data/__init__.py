@@ -1,0 +1,1 @@
+"""Sources, records, prompt formats, packing, mixing, the invented world."""

@@ -1,0 +1,1 @@
+"""Metrics, generation scoring and analysis."""

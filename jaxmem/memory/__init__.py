@@ -1,0 +1,1 @@
+"""The blocks of memory; none imports a model, an adapter or another."""

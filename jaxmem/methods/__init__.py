@@ -1,0 +1,1 @@
+"""Each paper as a composition of blocks; and the baselines."""

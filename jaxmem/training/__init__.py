@@ -1,0 +1,1 @@
+"""Train step, optimiser, devices, loop, checkpoints, logging."""
