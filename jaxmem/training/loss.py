@@ -1,0 +1,85 @@
+"""Token losses, chunked over positions so that logits never exist whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def token_nll(
+  logits: Float[Array, "*B V"], labels: Int[Array, "*B"]
+) -> Float[Array, "*B"]:
+  """Negative log-likelihood of each label, nats, float32.
+
+  log sum_v exp(logits_v) - logits_label. The label's logit is picked by
+  comparison, not by a gather: a vocabulary sharded over devices stays sharded.
+  """
+  logits = logits.astype(jnp.float32)
+  ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+  picked = jnp.where(ids == labels[..., None], logits, 0.0).sum(-1)
+  return jax.nn.logsumexp(logits, axis=-1) - picked
+
+
+def cross_entropy(
+  logits_fn: Callable[[Array], Array],
+  hidden: Float[Array, "R S D"],
+  label_index: Int[Array, "R Q"],
+  labels: Int[Array, "R Q"],
+  label_valid: Bool[Array, "R Q"],
+  *,
+  chunk: int = 128,
+) -> tuple[Float[Array, "R Q"], Bool[Array, "R Q"]]:
+  """Score every label by the logits at its position.
+
+  Logits of `chunk` label positions per row exist at a time, backward included
+  (they are computed again). Invalid labels give 0 and False and no gradient;
+  their index and label may be anything.
+
+  Args:
+    logits_fn: hidden `[R, q, D]` to logits `[R, q, V]`.
+    hidden: the stream after the final norm.
+    label_index: position in S whose logits predict the label.
+    labels: token ids.
+    label_valid: False where there is no label.
+    chunk: label positions per row and piece.
+
+  Returns:
+    nll: nats per label, float32.
+    hit: the label has the largest logit (the first of equal ones).
+
+  Raises:
+    ValueError: chunk < 1.
+  """
+  if chunk < 1:
+    raise ValueError(f"chunk must be at least 1, got {chunk}")
+  label_index = jnp.where(label_valid, label_index, 0)
+  labels = jnp.where(label_valid, labels, 0)
+
+  def piece(hidden, index, labels, valid):
+    rows = jnp.take_along_axis(hidden, index[..., None], axis=1)
+    logits = logits_fn(rows)
+    nll = jnp.where(valid, token_nll(logits, labels), 0.0)
+    return nll, (jnp.argmax(logits, axis=-1) == labels) & valid
+
+  num_labels = labels.shape[1]
+  if num_labels <= chunk:
+    return piece(hidden, label_index, labels, label_valid)
+
+  def split(leaf):
+    padded = jnp.pad(leaf, ((0, 0), (0, -num_labels % chunk)))
+    pieces = padded.reshape(leaf.shape[0], -1, chunk)
+    return jnp.swapaxes(pieces, 0, 1)
+
+  def join(leaf):
+    whole = jnp.swapaxes(leaf, 0, 1).reshape(labels.shape[0], -1)
+    return whole[:, :num_labels]
+
+  _, (nll, hit) = jax.lax.scan(
+    lambda _, args: (None, jax.checkpoint(piece)(hidden, *args)),
+    None,
+    (split(label_index), split(labels), split(label_valid)),
+  )
+  return join(nll), join(hit)

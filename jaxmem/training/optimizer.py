@@ -1,0 +1,173 @@
+"""AdamW with schedules, groups by path and clipping, in optax pieces."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[jax.Array], jax.Array]
+SCHEDULES = ("constant", "linear", "cosine")
+# Norm scales and biases are usually left undecayed.
+NO_DECAY = r"(^|/)(scale|bias)$"
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Parameters whose path `a/b/c` the pattern finds; the first match wins."""
+
+  pattern: str  # searched anywhere in the path
+  rate_scale: float = 1.0  # times the schedule's rate; 0 holds them still
+  weight_decay: float | None = None  # None: the optimiser's
+
+
+def make_schedule(
+  kind: str,
+  rate: float,
+  *,
+  total_steps: int,
+  warmup_steps: int = 0,
+  end_ratio: float = 0.0,
+) -> Schedule:
+  """Learning rate of update t = 0, 1, ..: linear warm-up from 0, then decay.
+
+  For t < warmup_steps, rate * t / warmup_steps. Then with
+  p = (t - warmup_steps) / (total_steps - warmup_steps) in [0, 1]: `constant`
+  stays at rate; `linear` is rate * (1 - (1 - end_ratio) * p); `cosine` is
+  rate * (end_ratio + (1 - end_ratio) * (1 + cos(pi * p)) / 2). These are the
+  schedules of the Hugging Face trainer, whose first warm-up rate is 0.
+
+  Raises:
+    ValueError: an unknown kind, a negative rate, or a warm-up longer than the
+      run.
+  """
+  if kind not in SCHEDULES:
+    raise ValueError(f"schedule {kind!r} is not one of {', '.join(SCHEDULES)}")
+  if not rate >= 0:
+    raise ValueError(f"learning rate must be >= 0, got {rate}")
+  if not 0 <= end_ratio <= 1:
+    raise ValueError(f"end_ratio must be in [0, 1], got {end_ratio}")
+  if not 0 <= warmup_steps <= total_steps:
+    raise ValueError(
+      f"warmup_steps must be in [0, total_steps={total_steps}], "
+      f"got {warmup_steps}"
+    )
+
+  def schedule(step):
+    step = jnp.asarray(step, jnp.float32)
+    warmup = step / max(warmup_steps, 1)
+    past = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    past = jnp.clip(past, 0.0, 1.0)
+    if kind == "constant":
+      decay = jnp.ones_like(past)
+    elif kind == "linear":
+      decay = 1.0 - (1.0 - end_ratio) * past
+    else:
+      decay = (1.0 + jnp.cos(math.pi * past)) / 2.0
+      decay = end_ratio + (1.0 - end_ratio) * decay
+    return rate * jnp.where(step < warmup_steps, warmup, decay)
+
+  return schedule
+
+
+def path_names(tree: Any) -> Any:
+  """The tree with each leaf replaced by its path, `a/b/c`."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
+  )
+
+
+def assign_groups(params: Any, groups: Sequence[Group]) -> Any:
+  """The tree with each leaf replaced by its `Group`, or None without one.
+
+  Raises:
+    ValueError: a pattern finds no parameter at all.
+  """
+  names = jax.tree.leaves(path_names(params))
+  for group in groups:
+    if not any(re.search(group.pattern, name) for name in names):
+      raise ValueError(
+        f"optimiser group {group.pattern!r} finds no parameter; paths are "
+        f"like {', '.join(names[:5])}"
+      )
+  found = [
+    next((g for g in groups if re.search(g.pattern, name)), None)
+    for name in names
+  ]
+  return jax.tree.unflatten(jax.tree.structure(params), found)
+
+
+class RateState(NamedTuple):
+  """State of the last piece of `adamw`."""
+
+  count: jax.Array  # int32 [], updates made
+
+
+def _decay_and_rate(rate, weight_decay, groups):
+  """u <- -rate_scale * rate(t) * (u + weight_decay * p), leaf by leaf."""
+
+  def init(params):
+    assign_groups(params, groups)
+    return RateState(jnp.zeros((), jnp.int32))
+
+  def update(updates, state, params):
+    lr = rate(state.count)
+    default = Group("", 1.0, None)
+
+    def leaf(update, param, name):
+      group = next((g for g in groups if re.search(g.pattern, name)), default)
+      decay = group.weight_decay
+      decay = weight_decay if decay is None else decay
+      return -(lr * group.rate_scale) * (update + decay * param)
+
+    updates = jax.tree.map(leaf, updates, params, path_names(params))
+    return updates, RateState(state.count + 1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def adamw(
+  rate: Schedule | float,
+  *,
+  b1: float = 0.9,
+  b2: float = 0.999,
+  eps: float = 1e-8,
+  weight_decay: float = 0.0,
+  clip_norm: float | None = None,
+  groups: Sequence[Group] = (),
+) -> optax.GradientTransformation:
+  """AdamW with decoupled weight decay, as in PyTorch.
+
+  m <- b1 m + (1 - b1) g, v <- b2 v + (1 - b2) g^2, both divided by
+  1 - b^t; p <- p - rate * (m / (sqrt(v) + eps) + weight_decay * p).
+
+  Source: Loshchilov and Hutter 2019, algorithm 2 (rate also scales the decay).
+
+  Args:
+    rate: schedule of the update's number, or a constant.
+    clip_norm: gradients with a larger global norm are scaled down to it.
+    groups: own rates and decays by path.
+
+  Raises:
+    ValueError: a value out of range; at init, a group that finds nothing.
+  """
+  for name, value in (("b1", b1), ("b2", b2)):
+    if not 0 <= value < 1:
+      raise ValueError(f"{name} must be in [0, 1), got {value}")
+  if clip_norm is not None and not clip_norm > 0:
+    raise ValueError(
+      f"clip_norm must be > 0, or None for no clipping, got {clip_norm}"
+    )
+  schedule = rate if callable(rate) else lambda _: jnp.float32(rate)
+  clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+  return optax.chain(
+    *clip,
+    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
+    _decay_and_rate(schedule, weight_decay, tuple(groups)),
+  )
