@@ -1,0 +1,3 @@
+"""Adapters: small trained trees beside the frozen weights, never merged in."""
+
+from jaxmem.adapters.linear import linear as linear

@@ -1,0 +1,137 @@
+"""Causal attention over several groups of keys at once.
+
+The keys come in parts (a memory prefix, a cache, the rows themselves), each
+described by who may see it rather than by a mask array.  All parts share one
+softmax:
+
+  out_t = sum_j w_tj v_j,   w_tj = e^{s_tj} m_tj / sum_j e^{s_tj} m_tj,
+  s_tj = scale q_t . k_j,   m_tj in {0, 1},
+
+with j over the rows of all parts.  A query that may see nothing gets zeros,
+with a zero gradient.  Source: scaled dot-product attention (arXiv:1706.03762
+eq. 1) with grouped queries (arXiv:2305.13245); the blockwise path follows the
+online softmax of arXiv:2205.14135, algorithms 1 and 4.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxmem.models import blockwise
+
+# Scores of one call (B * N * T * S) above which the blockwise path is taken.
+PLAIN_LIMIT = 1 << 27
+
+
+class Part(NamedTuple):
+  """One group of keys; without a batch axis it is shared by all rows."""
+
+  key: jax.Array  # [B, S, K, H] or [S, K, H]
+  value: jax.Array  # as key
+  valid: jax.Array | None = None  # [B, S] or [S] bool; None = all
+  positions: jax.Array | None = None  # [B, S] or [S]; None = seen by all,
+  #   and so is a row at a negative position
+  segments: jax.Array | None = None  # [B, S]; None = seen by all segments
+
+
+def attention(
+  query: Float[Array, "B T N H"],
+  parts: Sequence[Part],
+  *,
+  query_positions: Int[Array, "B T"],
+  query_segments: Int[Array, "B T"] | None = None,
+  window: int | jax.Array | None = None,
+  scale: float,
+  block: int | None = None,
+) -> Float[Array, "B T N H"]:
+  """Attend from every query to the rows of `parts` that it may see.
+
+  A query at position p sees a row that is valid, of its own segment (where the
+  part has segments), and either unplaced (no positions, or a negative one) or
+  at a position in (p - window, p].
+
+  Args:
+    query: N = K * G heads; heads of one group are adjacent.
+    parts: at least one; contents of rows that are not valid must be finite.
+    query_positions, query_segments: what the parts' are compared with.
+    window: tokens a query sees back, its own included; None is unlimited. May
+      be traced (it differs between layers).
+    scale: factor on the scores.
+    block: rows of a key block of the blockwise path; None picks the path by
+      size. Both are exact; the blockwise one recomputes scores in the backward
+      pass and never holds more than a block of them.
+
+  Returns: in the dtype of `query`. Scores and softmax are float32.
+
+  Raises:
+    ValueError: no parts, heads that do not divide, or parts with segments
+      while the queries have none.
+  """
+  _check(query, parts, query_segments)
+  b, t, n, _ = query.shape
+  if block is None:
+    rows = sum(part.key.shape[-3] for part in parts)
+    if b * n * t * rows <= PLAIN_LIMIT:
+      return _plain(
+        query, parts, query_positions, query_segments, window, scale
+      )
+    block = blockwise.BLOCK
+  return blockwise.attention(
+    query, parts, query_positions, query_segments, window, scale, block
+  )
+
+
+def _check(query, parts, query_segments):
+  if not parts:
+    raise ValueError("attention got no parts; give at least one")
+  heads = query.shape[-2]
+  for part in parts:
+    if heads % part.key.shape[-2]:
+      raise ValueError(
+        f"{heads} query heads do not divide into groups of "
+        f"{part.key.shape[-2]} key heads"
+      )
+    if part.segments is not None and query_segments is None:
+      raise ValueError("a part has segments: give query_segments too")
+
+
+def _plain(query, parts, query_positions, query_segments, window, scale):
+  """All scores at once; gradients by autodiff."""
+  b, t, n, h = query.shape
+  kv_heads = parts[0].key.shape[-2]
+  query = (query * scale).reshape(b, t, kv_heads, n // kv_heads, h)
+  scores = []
+  for part in parts:
+    shared = "" if part.key.ndim == 3 else "B"
+    s = jnp.einsum(
+      f"BTKGH,{shared}SKH->BKGTS",
+      query,
+      part.key,
+      preferred_element_type=jnp.float32,
+    )
+    mask = blockwise.visible(part, query_positions, query_segments, window)
+    if mask is not None:
+      s = jnp.where(mask[:, None, None], s, blockwise.MASKED)
+    scores.append(s)
+  # The softmax does not depend on the shift, so neither does the gradient.
+  top = scores[0].max(axis=-1, keepdims=True)
+  for s in scores[1:]:
+    top = jnp.maximum(top, s.max(axis=-1, keepdims=True))
+  top = jax.lax.stop_gradient(jnp.maximum(top, blockwise.FLOOR))
+  total, out = 0.0, 0.0
+  for part, s in zip(parts, scores, strict=True):
+    weights = jnp.exp(s - top)
+    shared = "" if part.value.ndim == 3 else "B"
+    total = total + weights.sum(axis=-1)
+    out = out + jnp.einsum(
+      f"BKGTS,{shared}SKH->BTKGH",
+      weights.astype(query.dtype),
+      part.value,
+      preferred_element_type=jnp.float32,
+    )
+  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+  out = out / total.transpose(0, 3, 1, 2)[..., None]
+  return out.astype(query.dtype).reshape(b, t, n, h)

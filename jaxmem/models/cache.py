@@ -1,0 +1,68 @@
+"""The key/value cache of a decoder: fixed slots, filled from the front."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmem.models.config import ModelConfig
+
+
+class Cache(NamedTuple):
+  """Keys and values of rows already read; slots from `length` on are free."""
+
+  key: jax.Array  # [L, B, S, K, H], rotated
+  value: jax.Array  # [L, B, S, K, H]
+  valid: jax.Array  # [L, B, S] bool, False where free or padding
+  positions: jax.Array  # [L, B, S] int32; -1 = every query sees the row
+  length: jax.Array  # [] int32, next free slot, the same for all rows
+
+
+def init_cache(
+  config: ModelConfig, batch: int, capacity: int, dtype=jnp.float32
+) -> Cache:
+  """Return an empty cache of `capacity` slots per row and layer."""
+  shape = (config.num_layers, batch, capacity)
+  heads = (config.num_kv_heads, config.head_dim)
+  return Cache(
+    jnp.zeros(shape + heads, dtype),
+    jnp.zeros(shape + heads, dtype),
+    jnp.zeros(shape, bool),
+    jnp.zeros(shape, jnp.int32),
+    jnp.zeros((), jnp.int32),
+  )
+
+
+def store(
+  cache: Cache,
+  layer: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  valid: jax.Array,
+  positions: jax.Array,
+) -> Cache:
+  """Write new rows of one layer from `cache.length` on; the length stays.
+
+  The caller moves `length` once all layers are written. On the device the
+  room is not checked: rows written past the end would overwrite the last ones.
+
+  Args:
+    layer: [] int, which layer.
+    key, value: [B, W, K, H]; valid, positions: [B, W].
+
+  Raises:
+    ValueError: more rows than the cache has slots.
+  """
+  rows, capacity = key.shape[1], cache.key.shape[2]
+  if rows > capacity:
+    raise ValueError(
+      f"cannot write {rows} rows into a cache of {capacity} slots; make it with "
+      "a larger capacity"
+    )
+  new = (key, value, valid, positions)
+  stored = []
+  for old, rows in zip(cache[:4], new, strict=True):
+    rows = rows.astype(old.dtype)[None]
+    start = (layer, 0, cache.length) + (0,) * (old.ndim - 3)
+    stored.append(jax.lax.dynamic_update_slice(old, rows, start))
+  return Cache(*stored, cache.length)

@@ -1,0 +1,306 @@
+"""The decoder as pure functions: Llama, Mistral, Phi-3, Qwen2, Qwen3, GPT-2.
+
+`apply` is the usual composition of `embed`, `run_layers` over `block`, and
+`final_norm`; a pass that needs something else between the layers writes its own
+body over `block`.  Axes: B batch, T tokens, D width, N query heads, K key
+heads, H head width, L layers, P prefix rows, S cache slots, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxmem.models import checks
+from jaxmem.models.block import (
+  BlockOutput,
+  Layout,
+  LayerTrace,
+  Prefix,
+  block,
+  key_value,
+  layout,
+  norm,
+)
+from jaxmem.models.cache import Cache, init_cache
+from jaxmem.models.config import ModelConfig
+from jaxmem.models.parameters import (
+  initial,
+  parameter_shapes,
+  partition_rules,
+)
+
+__all__ = [
+  "BlockOutput",
+  "Cache",
+  "Decoder",
+  "DecoderOutput",
+  "LayerTrace",
+  "Layout",
+  "Prefix",
+  "apply",
+  "block",
+  "embed",
+  "final_norm",
+  "init",
+  "init_cache",
+  "key_value",
+  "layer_windows",
+  "layout",
+  "logits",
+  "parameter_shapes",
+  "partition_rules",
+  "run_layers",
+]
+
+
+class DecoderOutput(NamedTuple):
+  """Result of `apply`."""
+
+  hidden: jax.Array  # [B, T, D], after the final norm
+  cache: Cache | None  # with the new rows, where a cache was given
+  aux: Any  # of prefix_fn, stacked over layers; else None
+  collected: Any  # of collect, stacked over layers; else None
+
+
+class Decoder(nn.Module):
+  """Thin holder of a decoder's parameters; all computing is in free functions.
+
+  Its own `apply({"params": frozen}, inputs, ...)` is `decoder.apply`.
+  """
+
+  config: ModelConfig
+  param_dtype: Any = jnp.float32
+
+  @nn.compact
+  def parameters(self) -> dict[str, Any]:
+    """Declare and return the tree of `parameter_shapes`."""
+    tops = dict.fromkeys(path[0] for path in parameter_shapes(self.config))
+    return {
+      top: self.param(
+        top,
+        lambda rng, top=top: initial(self.config, top, rng, self.param_dtype),
+      )
+      for top in tops
+    }
+
+  def __call__(self, inputs, **kwargs) -> DecoderOutput:
+    return apply(self.config, self.parameters(), inputs, **kwargs)
+
+
+def init(
+  config: ModelConfig, rng: jax.Array, dtype=jnp.float32
+) -> dict[str, Any]:
+  """Draw initial parameters; see `parameters.initial` for the distribution."""
+  variables = Decoder(config, dtype).init(rng, method="parameters")
+  return variables["params"]
+
+
+def embed(
+  config: ModelConfig,
+  frozen: dict[str, Any],
+  inputs: jax.Array,
+  positions: jax.Array | None = None,
+  *,
+  dtype=None,
+) -> jax.Array:
+  """Return the stream that enters the first layer, [B, T, D].
+
+  Args:
+    inputs: ids [B, T], or embeddings [B, T, D], which replace the lookup.
+    positions: [B, T]; needed by gpt2, whose positions are learned.
+    dtype: of the stream; None is that of the embedding table.
+  """
+  gpt2 = config.family == "gpt2"
+  table = frozen["wte" if gpt2 else "embed_tokens"]["embedding"]
+  dtype = table.dtype if dtype is None else dtype
+  if jnp.issubdtype(inputs.dtype, jnp.integer):
+    x = table[inputs].astype(dtype)
+  else:
+    x = inputs.astype(dtype)
+  if gpt2:
+    x = x + frozen["wpe"]["embedding"][positions].astype(dtype)
+  return x
+
+
+def final_norm(
+  config: ModelConfig, frozen: dict[str, Any], x: jax.Array
+) -> jax.Array:
+  """Apply the norm after the last layer, [..., D] to [..., D]."""
+  name = "ln_f" if config.family == "gpt2" else "norm"
+  return norm(config, frozen[name], x)
+
+
+def logits(
+  config: ModelConfig, frozen: dict[str, Any], hidden: jax.Array
+) -> jax.Array:
+  """Return scores over the vocabulary, float32 [..., V].
+
+  Args:
+    hidden: [..., D] after the final norm. Select the positions that matter
+      before calling: this is the widest product of the model.
+  """
+  if config.tie_embeddings:
+    name = "wte" if config.family == "gpt2" else "embed_tokens"
+    weights, spec = frozen[name]["embedding"], "...D,VD->...V"
+  else:
+    weights, spec = frozen["lm_head"]["kernel"], "...D,DV->...V"
+  return jnp.einsum(
+    spec,
+    hidden,
+    weights.astype(hidden.dtype),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def run_layers(
+  body: Callable[[Any, Any], tuple[Any, Any]],
+  x: Any,
+  stacked: Any,
+  *,
+  remat: bool | Callable = False,
+) -> tuple[Any, Any]:
+  """Scan `body(x, per_layer) -> (x, out)` over the leading axis of `stacked`.
+
+  Args:
+    x: the carried pytree, of fixed shapes and dtypes.
+    stacked: pytree whose leaves lead with L.
+    remat: True recomputes each layer in the backward pass; a policy of
+      `jax.checkpoint_policies` says what to keep instead.
+
+  Returns: (x after the last layer, out stacked over layers).
+  """
+  if remat:
+    policy = None if remat is True else remat
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+  return jax.lax.scan(body, x, stacked)
+
+
+def layer_windows(config: ModelConfig) -> int | None | jax.Array:
+  """Return the window of all layers, or int32 [L] where layers differ.
+
+  In the array, a layer without a window has the largest integer.
+  """
+  windows = config.layer_windows
+  if len(set(windows)) == 1:
+    return windows[0]
+  widest = jnp.iinfo(jnp.int32).max
+  return jnp.array([widest if w is None else w for w in windows], jnp.int32)
+
+
+def apply(
+  config: ModelConfig,
+  frozen: dict[str, Any],
+  inputs: jax.Array,
+  *,
+  positions: jax.Array | None = None,
+  valid: jax.Array | None = None,
+  segments: jax.Array | None = None,
+  prefix: Prefix | None = None,
+  prefix_fn: Callable | None = None,
+  layer_state: Any = None,
+  cache: Cache | None = None,
+  adapters: dict[str, Any] | None = None,
+  adapter_index: jax.Array | None = None,
+  collect: Callable[[LayerTrace], Any] | None = None,
+  constrain: Callable[[jax.Array], jax.Array] | None = None,
+  remat: bool | Callable = False,
+  rng: jax.Array | None = None,
+  adapter_dropout: float = 0.0,
+  dtype=None,
+) -> DecoderOutput:
+  """Run the model over a batch.
+
+  Args:
+    frozen: the tree of `parameter_shapes`. Weights are cast to the stream's
+      dtype where they are used, so float32 masters may be passed.
+    inputs: ids [B, T] or embeddings [B, T, D].
+    positions: int [B, T]; None counts 0..T-1, or restarts with every segment.
+      Give them with a cache, with left padding, and behind a prefix that has
+      positions.
+    valid: bool [B, T], False on padding, which nothing sees; None is all, or
+      `segments > 0`.
+    segments: int [B, T], 0 on padding; a token sees its own segment only.
+    prefix: rows that every token sees; see `Prefix`.
+    prefix_fn: (normed layer input [B, T, D], valid, this layer's state) ->
+      (Prefix without the layer axis, aux). With a cache its rows are written
+      before the tokens (position -1), so later calls go without prefix_fn.
+    layer_state: pytree stacked over layers, for prefix_fn.
+    cache: rows read before; every new row is stored in it. A shared `prefix`
+      is not: pass it again at each call. The caller keeps
+      `length` + new rows <= capacity (on the device this is not checked).
+    adapters: tree by checkpoint projection, leaves [L, n, ...]; see
+      `adapters.linear`.
+    adapter_index: int [B] or [B, T], 0 = none; None = adapter 1 of one.
+    collect: LayerTrace -> pytree kept of every layer; without it none is.
+    constrain: identity with a sharding, applied to the stream at entry and
+      exit of every block.
+    remat: see `run_layers`.
+    rng: key for adapter dropout, folded with layer and projection.
+    adapter_dropout: probability of dropping an adapter's input.
+    dtype: of the stream; None is that of the embedding table.
+
+  Raises:
+    ValueError: inputs that do not go together (the message says which), or
+      adapters for projections that the model does not have.
+  """
+  checks.check_apply(config, inputs, positions, segments, prefix, cache)
+  checks.check_adapters(config, adapters)
+  if positions is None:
+    positions = _default_positions(inputs, segments)
+  if valid is None and segments is not None:
+    valid = segments > 0
+  x = embed(config, frozen, inputs, positions, dtype=dtype)
+  rows = layout(config, positions, valid, segments)
+  windows = layer_windows(config)
+  varying = windows if isinstance(windows, jax.Array) else None
+
+  def body(carry, per_layer):
+    x, cache = carry
+    index, layer, state, layer_prefix, layer_adapters, window = per_layer
+    out = block(
+      config,
+      layer,
+      x,
+      rows,
+      window=windows if window is None else window,
+      prefix=layer_prefix,
+      prefix_fn=prefix_fn,
+      layer_state=state,
+      cache=cache,
+      layer_index=index,
+      adapters=layer_adapters,
+      adapter_index=adapter_index,
+      constrain=constrain,
+      rng=None if rng is None else jax.random.fold_in(rng, index),
+      adapter_dropout=adapter_dropout,
+    )
+    kept = None if collect is None else collect(out.trace)
+    return (out.x, out.cache), (out.aux, kept, jnp.int32(out.written))
+
+  stacked = (
+    jnp.arange(config.num_layers),
+    frozen["layers"],
+    layer_state,
+    prefix,
+    adapters,
+    varying,
+  )
+  (x, cache), (aux, kept, written) = run_layers(
+    body, (x, cache), stacked, remat=remat
+  )
+  if cache is not None:
+    cache = cache._replace(length=cache.length + written[0])
+  return DecoderOutput(final_norm(config, frozen, x), cache, aux, kept)
+
+
+def _default_positions(inputs, segments):
+  batch, tokens = inputs.shape[:2]
+  count = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
+  if segments is None:
+    return count
+  before = jnp.pad(segments[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+  start = jax.lax.cummax(jnp.where(segments != before, count, 0), axis=1)
+  return count - start
