@@ -1,0 +1,428 @@
+"""Rows of the invented world for pretraining and for scoring, under jit.
+
+Source: our choice; the scaffold (statements that end in the name and then ask
+for the value) lets a small model find "which person" after it has found
+"which relation". Each maker draws one row and is vmapped over keys.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxmem.data import world as w
+from jaxmem.data.world import Row, World
+
+ANSWER_WEIGHT, HALF_WEIGHT, CONTEXT_WEIGHT = 1.0, 0.5, 0.1
+SCAFFOLD = 0  # the statement template whose value comes last, after the name
+
+
+class Mix(NamedTuple):
+  """Rows of each kind in a batch, and the shape of documents; all static."""
+
+  copying: int = 0
+  lookup: int = 0
+  reading: int = 0
+  known: int = 0
+  tasks: int = 0
+  prose: int = 0
+  size: int = 160  # tokens a row
+  documents: int = 4
+  facts: int = 4
+  questions: int = 3
+  scaffold: float = 0.6  # share of questions that are unfinished statements
+  scaffold_documents: float = 0.6  # share of facts in the scaffold's order
+  filler: float = 0.0  # share of documents with a sentence of prose
+
+
+def _unit(world: World, *marks: int) -> Int[Array, "W"]:
+  out = jnp.full(world.statements.shape[-1], w.NOTHING)
+  return out.at[: len(marks)].set(world.marks[jnp.array(marks)])
+
+
+def _weights(template, weight):
+  """Weigh a template's answer: what fills ANSWER, and the end after it."""
+  slot = (template == w.ANSWER) | (template == w.ANSWER - 1)
+  end = jnp.roll(slot, 1) & (template >= 0)
+  return jnp.where(slot | end, weight, CONTEXT_WEIGHT)
+
+
+def _statement_weights(template, weight):
+  slot = (template == w.VALUE) | (template == w.VALUE - 1)
+  return jnp.where(slot, weight, CONTEXT_WEIGHT)
+
+
+def prose_sentence(world: World, *, rng: Key[Array, ""]) -> Int[Array, "W"]:
+  """Draw a sentence of prose; a verb is one of four that its noun can take."""
+  rng_template, rng_slot, rng_verb = jax.random.split(rng, 3)
+  template = jax.random.choice(rng_template, world.prose)
+  width = template.shape[0]
+  draw = jax.random.randint(rng_slot, (width,), 0, 48)
+  where = jnp.where(template == -11, jnp.arange(width), 0)
+  noun = draw[jax.lax.cummax(where)]
+  kind = jax.random.randint(rng_verb, (width,), 0, 4)
+  index = jnp.where(template == -12, (noun * 7 + kind * 11) % 32, draw)
+  slot = jnp.clip(-10 - template, 0, 4)
+  return jnp.where(template <= -10, world.prose_slots[slot, index], template)
+
+
+class Documents(NamedTuple):
+  """What a prompt's documents say; N documents of F facts."""
+
+  people: Int[Array, "N 2"]  # ids
+  relations: Int[Array, "F"]  # the same in all documents
+  values: Int[Array, "N F 2"]  # ids
+  units: Int[Array, "U W"]
+  weights: Float[Array, "U W"]
+
+
+def draw_documents(
+  world: World,
+  num: int,
+  facts: int,
+  *,
+  which: int,
+  scaffold: float,
+  filler: float = 0.0,
+  statements: tuple[int, ...] = (0, 1, 2),
+  rng: Key[Array, ""],
+) -> Documents:
+  """Draw documents that all state the same relations, of different people.
+
+  Args:
+    which: split of the people.
+    scaffold: share of facts in the order of template 0.
+    filler: share of documents that carry a sentence of prose.
+    statements: templates that the other facts are drawn from.
+  """
+  rngs = jax.random.split(rng, 8)
+  names = w.draw_people(world, num, which=which, rng=rngs[0])
+  people = w.person_ids(world, names)
+  relations = jax.random.permutation(rngs[1], w.NUM_RELATIONS)[:facts]
+  split = w.METHOD if which == w.KNOWN else which
+  values = w.draw_values(world, relations, num, which=split, rng=rngs[2])
+  order = jnp.argsort(jax.random.uniform(rngs[3], (num, facts)), axis=1)
+  plain = jax.random.choice(rngs[4], jnp.array(statements), (num, facts))
+  is_scaffold = jax.random.bernoulli(rngs[5], scaffold, (num, facts))
+  kind = jnp.where(is_scaffold, SCAFFOLD, plain)
+
+  def fact(person, value, relation, kind):
+    return w.fill(world.statements[relation, kind], person, value)
+
+  over_facts = jax.vmap(fact, in_axes=(None, 0, 0, 0))
+  units = jax.vmap(over_facts)(
+    people,
+    jnp.take_along_axis(values, order[..., None], axis=1),
+    relations[order],
+    kind,
+  )
+  has_filler = jax.random.bernoulli(rngs[6], filler, (num, 1))
+  prose = jax.vmap(lambda rng: prose_sentence(world, rng=rng))(
+    jax.random.split(rngs[7], num)
+  )
+  prose = jnp.where(has_filler, prose, w.NOTHING)[:, None]
+  end = jnp.broadcast_to(_unit(world, 2), (num, 1, units.shape[-1]))
+  units = jnp.concatenate([units, prose, end], axis=1)
+  units = units.reshape(-1, units.shape[-1])
+  return Documents(
+    people, relations, values, units, jnp.full(units.shape, CONTEXT_WEIGHT)
+  )
+
+
+def _question(world, documents, is_scaffold, templates, first, *, rng):
+  """Ask for one fact of one document, as a question or a statement."""
+  rng_document, rng_fact, rng_template = jax.random.split(rng, 3)
+  num, facts = documents.values.shape[:2]
+  d = jax.random.randint(rng_document, (), 0, num)
+  f = jax.random.randint(rng_fact, (), 0, facts)
+  relation, value = documents.relations[f], documents.values[d, f]
+  question = world.questions[
+    relation, jax.random.choice(rng_template, jnp.array(templates))
+  ]
+  statement = world.statements[relation, SCAFFOLD]
+  template = jnp.where(is_scaffold, statement, question)
+  weight = jnp.where(
+    is_scaffold,
+    _statement_weights(statement, ANSWER_WEIGHT),
+    _weights(question, ANSWER_WEIGHT),
+  )
+  unit = w.fill(template, documents.people[d], value)
+  lead = _unit(world, 2) if first else _unit(world, 2, 3, 2)
+  lead = jnp.where(is_scaffold, _unit(world, 2), lead)
+  if first:  # the documents' last newline is already there
+    lead = jnp.full_like(lead, w.NOTHING)
+  return (
+    jnp.stack([lead, unit]),
+    jnp.stack([jnp.full_like(weight, CONTEXT_WEIGHT), weight]),
+    (d, f),
+  )
+
+
+def _row(world, documents, asked, size) -> Row:
+  head = _unit(world, 0, 3, 2)
+  units = jnp.concatenate([head[None], documents.units, *(a[0] for a in asked)])
+  weights = jnp.concatenate(
+    [jnp.zeros_like(head, jnp.float32)[None], documents.weights]
+    + [a[1] for a in asked]
+  )
+  return w.join(units, weights, jnp.ones(units.shape[0], jnp.int32), size)
+
+
+def reading_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
+  """Draw documents and questions on them, asked with replacement."""
+  rng_documents, rng_kind, rng_ask = jax.random.split(rng, 3)
+  documents = draw_documents(
+    world,
+    mix.documents,
+    mix.facts,
+    which=w.METHOD,
+    scaffold=mix.scaffold_documents,
+    filler=mix.filler,
+    rng=rng_documents,
+  )
+  kinds = jax.random.bernoulli(rng_kind, mix.scaffold, (mix.questions,))
+  asked = [
+    _question(world, documents, kinds[q], (0, 1), q == 0, rng=rng)
+    for q, rng in enumerate(jax.random.split(rng_ask, mix.questions))
+  ]
+  return _row(world, documents, asked, mix.size)
+
+
+def lookup_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
+  """Draw 12 people with one fact each, of the same relation."""
+  people = 12 if mix.size >= 128 else 6
+  lookup = mix._replace(documents=people, facts=1, filler=0.0)
+  return reading_row(world, lookup, rng=rng)
+
+
+def copying_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
+  """Draw random words and repeat them; every second segment from 10 words."""
+  num = max(1, mix.size // 49)
+  length = min(24, (mix.size - 1) // 2)
+
+  def segment(index, rng):
+    rng_some, rng_words = jax.random.split(rng)
+    some = jax.random.choice(rng_some, world.words, (10,))
+    few = jax.random.choice(rng_words, some, (length,))
+    many = jax.random.choice(rng_words, world.words, (length,))
+    ids = jnp.where(index % 2 == 0, few, many)
+    return jnp.concatenate([world.marks[:1], ids, ids])
+
+  rng_segments, rng_order = jax.random.split(rng)
+  start = jax.random.randint(rng_order, (), 0, 2)
+  units = jax.vmap(segment)(
+    start + jnp.arange(num), jax.random.split(rng_segments, num)
+  )
+  repeated = jnp.arange(units.shape[1]) > length + 1
+  weights = jnp.broadcast_to(repeated * HALF_WEIGHT, units.shape)
+  return w.join(units, weights, 1 + jnp.arange(num), mix.size)
+
+
+def known_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
+  """Draw facts of known people, closed book: two questions to a statement."""
+  num = mix.size // 12
+
+  def segment(index, rng):
+    rng_person, rng_relation, rng_template = jax.random.split(rng, 3)
+    p = jax.random.randint(rng_person, (), 0, world.known.shape[0])
+    relation = jax.random.randint(rng_relation, (), 0, w.NUM_RELATIONS)
+    person = w.person_ids(world, world.known[p])
+    value = world.known_values[p, relation]
+    kind = jax.random.randint(rng_template, (), 0, 6)
+    question = world.questions[relation, kind % 2]
+    statement = world.statements[relation, kind % 3]
+    is_statement = index % 3 == 2
+    template = jnp.where(is_statement, statement, question)
+    weight = jnp.where(
+      is_statement,
+      _statement_weights(statement, HALF_WEIGHT),
+      _weights(question, HALF_WEIGHT),
+    )
+    lead = jnp.where(is_statement, _unit(world, 0), _unit(world, 0, 3, 2))
+    unit = jnp.concatenate([lead, w.fill(template, person, value)])
+    return unit, jnp.concatenate([jnp.zeros_like(weight), weight])
+
+  units, weights = jax.vmap(segment)(
+    jnp.arange(num), jax.random.split(rng, num)
+  )
+  return w.join(units, weights, 1 + jnp.arange(num), mix.size)
+
+
+def sum_unit(
+  world: World, template: Int[Array, "W"], minus: bool, *, rng: Key[Array, ""]
+) -> Int[Array, "W"]:
+  """Draw a small sum (or difference) with its answer; numbers below 64."""
+  a, b = jax.random.randint(rng, (2,), 0, 32)
+  left = a + b if minus else a
+  right = a if minus else b
+  result = b if minus else a + b
+  ids = lambda n: jnp.stack([world.numbers[n], jnp.int32(w.NOTHING)])
+  return w.fill(template, ids(left), ids(left), ids(right), ids(result))
+
+
+def task_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
+  """Draw two documents with a yes/no and a which-of-two question, and sums."""
+  rngs = jax.random.split(rng, 6)
+  documents = draw_documents(
+    world,
+    2,
+    2,
+    which=w.METHOD,
+    scaffold=mix.scaffold_documents,
+    rng=rngs[0],
+  )
+  d, f, yes, swap = jax.random.bernoulli(rngs[1], shape=(4,)).astype(jnp.int32)
+  relation, person = documents.relations[f], documents.people[d]
+  right, wrong = documents.values[d, f], documents.values[1 - d, f]
+  answer = jnp.stack([world.yes_no[1 - yes], jnp.int32(w.NOTHING)])
+  verify = w.fill(
+    world.verify[relation], person, jnp.where(yes, right, wrong), answer=answer
+  )
+  choose = w.fill(
+    world.choose[relation],
+    person,
+    jnp.where(swap, wrong, right),
+    jnp.where(swap, right, wrong),
+    right,
+  )
+  nothing = jnp.full_like(verify, w.NOTHING)
+  turn = _unit(world, 2, 3, 2)
+  asked = [(verify, world.verify[relation]), (choose, world.choose[relation])]
+  leads = [nothing, turn]
+  units = [u for lead, (a, _) in zip(leads, asked, strict=True) for u in (lead, a)]
+  weights = [
+    u
+    for _, t in asked
+    for u in (
+      jnp.full(t.shape, CONTEXT_WEIGHT),
+      _weights(t, ANSWER_WEIGHT),
+    )
+  ]
+  sums = max(1, (mix.size - 72) // 14)
+  sum_units = jax.vmap(lambda r: sum_unit(world, world.sum, False, rng=r))(
+    jax.random.split(rngs[2], sums)
+  )
+  head = _unit(world, 0, 3, 2)
+  zero, full = jnp.zeros(head.shape), _weights(world.sum, HALF_WEIGHT)
+  units = [head, *documents.units, *units]
+  weights = [zero, *documents.weights, *weights]
+  segments = [1] * len(units)
+  for s in range(sums):
+    units += [head, sum_units[s]]
+    weights += [zero, full]
+    segments += [2 + s] * 2
+  return w.join(
+    jnp.stack(units), jnp.stack(weights), jnp.array(segments), mix.size
+  )
+
+
+def prose_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
+  """Draw sentences of prose."""
+  num = mix.size // 6
+  units = jax.vmap(lambda rng: prose_sentence(world, rng=rng))(
+    jax.random.split(rng, num)
+  )
+  units = jnp.concatenate([_unit(world, 0)[None], units])
+  weights = jnp.full(units.shape, HALF_WEIGHT)
+  return w.join(units, weights, jnp.ones(num + 1, jnp.int32), mix.size)
+
+
+MAKERS = {
+  "copying": copying_row,
+  "lookup": lookup_row,
+  "reading": reading_row,
+  "known": known_row,
+  "tasks": task_row,
+  "prose": prose_row,
+}
+
+
+def draw_batch(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
+  """Draw a batch with the mix's number of rows of each kind, leaves `[B,S]`."""
+  parts = []
+  for index, (kind, maker) in enumerate(MAKERS.items()):
+    num = getattr(mix, kind)
+    if num:
+      rngs = jax.random.split(jax.random.fold_in(rng, index), num)
+      parts.append(
+        jax.vmap(lambda rng, make=maker: make(world, mix, rng=rng))(rngs)
+      )
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+class Exam(NamedTuple):
+  """One question a prompt, with what else its documents would have answered."""
+
+  row: Row
+  wrong: Int[Array, "B N"]  # first ids of the other documents' values, or -1
+  answer: Bool[Array, "B S"]  # the answer's tokens, its end included
+
+
+def draw_exam(
+  world: World,
+  num: int,
+  *,
+  documents: int = 4,
+  facts: int = 3,
+  size: int = 160,
+  which: int = w.TEST,
+  gold: bool = True,
+  held_out: bool = False,
+  scaffold: float = 0.0,
+  rng: Key[Array, ""],
+) -> Exam:
+  """Draw prompts of documents and one question, to be scored teacher-forced.
+
+  Args:
+    gold: False takes the asked document out and puts another person's in.
+    held_out: use the statement and question templates kept out of training.
+    scaffold: share of facts in the scaffold's order.
+  """
+  statements = (w.HELD_OUT_STATEMENT,) if held_out else (0, 1, 2)
+  questions = (w.HELD_OUT_QUESTION,) if held_out else (0, 1)
+
+  def one(rng):
+    rng_documents, rng_other, rng_ask = jax.random.split(rng, 3)
+    draw = lambda rng: draw_documents(
+      world,
+      documents,
+      facts,
+      which=which,
+      scaffold=scaffold,
+      statements=statements,
+      rng=rng,
+    )
+    drawn = draw(rng_documents)
+    unit, weight, (d, f) = _question(
+      world, drawn, jnp.bool_(False), questions, True, rng=rng_ask
+    )
+    shown, firsts = drawn, drawn.values[:, f, 0]
+    wrong = jnp.where(jnp.arange(documents) == d, -1, firsts)
+    if not gold:
+      # Other people's documents with the same relations, so only the person
+      # asked about is missing.
+      swap = draw(rng_other)._replace(relations=drawn.relations)
+      shown = replace_document(world, drawn, swap, d, statements, rng_other)
+    row = _row(world, shown, [(unit, weight)], size)
+    return Exam(row, wrong, row.weights == ANSWER_WEIGHT)
+
+  return jax.vmap(one)(jax.random.split(rng, num))
+
+
+def replace_document(
+  world, documents: Documents, other: Documents, index, statements, rng
+) -> Documents:
+  """Put another person's document, on the same relations, in one's place."""
+  num, facts = documents.values.shape[:2]
+  width = documents.units.shape[-1]
+  values = w.draw_values(
+    world, documents.relations, num, which=w.METHOD, rng=rng
+  )
+  kinds = jax.random.choice(rng, jnp.array(statements), (facts,))
+  new = jax.vmap(
+    lambda r, k, v: w.fill(world.statements[r, k], other.people[0], v)
+  )(documents.relations, kinds, values[0])
+  units = documents.units.reshape(num, -1, width)
+  units = units.at[index, :facts].set(new)
+  return documents._replace(units=units.reshape(-1, width))

@@ -1,0 +1,285 @@
+"""An invented world of people and facts, drawn as token ids under jit.
+
+Source: our choice. 128 x 128 names are split into known people, whose facts
+never change and are asked closed book, people of method training, whose facts
+are redrawn for every row, and people of test, who occur in no training row.
+
+Text is made from templates whose slots are negative numbers; `join` drops the
+positions that no token fills. Axis letters: P people, W width of a template.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxmem.data import vocabulary, words
+
+NOTHING = -1  # no token here
+FIRST, LAST = -2, -3  # the person
+VALUE, OTHER, ANSWER = -4, -6, -8  # two tokens each: slot, slot - 1
+KNOWN, METHOD, TEST = 0, 1, 2
+HELD_OUT_STATEMENT, HELD_OUT_QUESTION = 3, 2  # template index, in no training
+NUM_RELATIONS, NUM_VALUES = len(words.RELATIONS), 64
+
+
+class World(NamedTuple):
+  """Everything a draw needs; arrays of ids, so that a draw can be compiled."""
+
+  statements: Int[Array, "relation 4 W"]
+  questions: Int[Array, "relation 3 W"]  # with the answer's turn
+  verify: Int[Array, "relation W"]
+  choose: Int[Array, "relation W"]
+  two_hop: Int[Array, "relation W"]
+  reversed: Int[Array, "relation W"]
+  sum: Int[Array, "W"]
+  difference: Int[Array, "W"]
+  prose: Int[Array, "template W"]
+  prose_slots: Int[Array, "5 48"]  # ids for A N V D T, repeated to fill
+  values: Int[Array, "relation 64 2"]
+  of_person: Bool[Array, "relation"]  # the value is a person
+  numbers: Int[Array, "64"]
+  yes_no: Int[Array, "2"]
+  names: Int[Array, "2 128"]  # ids of first and of last names
+  split: Int[Array, "128 128"]  # KNOWN, METHOD or TEST
+  known: Int[Array, "P 2"]  # name indices
+  method: Int[Array, "P 2"]
+  test: Int[Array, "P 2"]
+  known_values: Int[Array, "P relation 2"]  # ids
+  words: Int[Array, "word"]  # ids of all world words
+  marks: Int[Array, "5"]  # bos, eos, newline, user, assistant
+
+
+def _compile(vocab, text: str, width: int) -> np.ndarray:
+  """Turn a template's words into ids and slots, padded with NOTHING."""
+  slots = {"@": (FIRST, LAST), "#": (VALUE, VALUE - 1)}
+  slots |= {"~": (OTHER, OTHER - 1), "!": (ANSWER, ANSWER - 1)}
+  special = {"/": vocabulary.NEWLINE, "^": vocabulary.EOS}
+  ids = []
+  for word in text.split():
+    if word in slots:
+      ids.extend(slots[word])
+    elif word in special:
+      ids.append(vocab[special[word]])
+    else:
+      ids.append(vocabulary.word_id(vocab, word))
+  if len(ids) > width:
+    raise ValueError(f"template {text!r} has {len(ids)} tokens, over {width}")
+  return np.array(ids + [NOTHING] * (width - len(ids)), np.int32)
+
+
+def _split_people(seed: int) -> tuple[np.ndarray, ...]:
+  """Split name pairs; every name part is twice in known, often elsewhere."""
+  rng = np.random.default_rng(seed)
+  size = len(words.FIRST_NAMES)
+  split = np.where(rng.random((size, size)) < 0.25, TEST, METHOD)
+  first = rng.permutation(size)
+  split[np.arange(size), first] = KNOWN
+  split[np.arange(size), np.roll(first, 1)] = KNOWN
+  members = [np.argwhere(split == s) for s in (KNOWN, METHOD, TEST)]
+  return split, *(rng.permutation(m) for m in members)
+
+
+def _known_facts(
+  seed: int, values: np.ndarray, names: np.ndarray, people: np.ndarray
+) -> np.ndarray:
+  """Draw the facts of known people; a friend or teacher is known too."""
+  rng = np.random.default_rng([seed, 1])
+  facts = np.stack(
+    [v[rng.integers(0, NUM_VALUES, len(people))] for v in values], axis=1
+  )
+  for r, relation in enumerate(words.RELATIONS):
+    if relation.values == "person":
+      other = people[rng.permutation(len(people))]
+      facts[:, r] = np.stack([names[0][other[:, 0]], names[1][other[:, 1]]], 1)
+  return facts
+
+
+def make_world(seed: int = 0, width: int = 24) -> World:
+  """Build the world; the same seed gives the same people and known facts.
+
+  Args:
+    seed: of the split of people and of the facts of known people.
+    width: tokens of the longest template.
+  """
+  vocab = vocabulary.vocabulary()
+  find = lambda group: np.array([vocabulary.word_id(vocab, w) for w in group])
+  turn = " / <|assistant|> / ! ^"
+
+  def table(texts):
+    return np.stack([_compile(vocab, text, width) for text in texts])
+
+  def tasks(text):
+    return table([text.replace("%", r.noun) + turn for r in words.RELATIONS])
+
+  relations = words.RELATIONS
+  values = np.full((len(relations), NUM_VALUES, 2), NOTHING, np.int32)
+  for r, relation in enumerate(relations):
+    if relation.values != "person":
+      values[r, :, 0] = find(words.VALUE_SETS[relation.values])
+  names = np.stack([find(words.FIRST_NAMES), find(words.LAST_NAMES)])
+  split, known, method, test = _split_people(seed)
+  letters = dict(zip("ANVDT", range(-10, -15, -1), strict=True))
+  prose = []
+  for text in words.PROSE:
+    ids = [letters.get(w) or vocabulary.word_id(vocab, w) for w in text.split()]
+    prose.append(ids + [NOTHING] * (width - len(ids)))
+  groups = [words.ADJECTIVES, words.NOUNS, words.VERBS, words.ADVERBS]
+  marks = [vocabulary.BOS, vocabulary.EOS, vocabulary.NEWLINE]
+  marks = [vocab[mark] for mark in marks]
+  marks += [vocabulary.word_id(vocab, role) for role in words.ROLES[:2]]
+  world = World(
+    statements=np.stack([table(r.statements) for r in relations]),
+    questions=np.stack(
+      [table([q + turn for q in r.questions]) for r in relations]
+    ),
+    verify=tasks(words.VERIFY),
+    choose=tasks(words.CHOOSE),
+    two_hop=tasks(words.TWO_HOP),
+    reversed=tasks(words.REVERSED),
+    sum=_compile(vocab, words.SUM + turn, width),
+    difference=_compile(vocab, words.DIFFERENCE + turn, width),
+    prose=np.array(prose),
+    prose_slots=np.stack(
+      [np.resize(find(g), 48) for g in [*groups, words.TIMES]]
+    ),
+    values=values,
+    of_person=np.array([r.values == "person" for r in relations]),
+    numbers=find(words.NUMBERS),
+    yes_no=find(("yes", "no")),
+    names=names,
+    split=split,
+    known=known,
+    method=method,
+    test=test,
+    known_values=_known_facts(seed, values, names, known),
+    words=find(vocabulary.world_words()),
+    marks=np.array(marks),
+  )
+  return jax.tree.map(
+    lambda x: jnp.asarray(x, bool if x.dtype == bool else jnp.int32), world
+  )
+
+
+def person_ids(world: World, people: Int[Array, "*n 2"]) -> Int[Array, "*n 2"]:
+  """Name the tokens of people given as indices of first and last name."""
+  return jnp.stack(
+    [world.names[0][people[..., 0]], world.names[1][people[..., 1]]], axis=-1
+  )
+
+
+def members(world: World, which: int) -> Int[Array, "P 2"]:
+  """List the people of a split (KNOWN, METHOD or TEST), as name indices."""
+  return (world.known, world.method, world.test)[which]
+
+
+def draw_people(
+  world: World, num: int, *, which: int, rng: Key[Array, ""]
+) -> Int[Array, "{num} 2"]:
+  """Draw people of a split; every second shares a name part with the one before.
+
+  Returns name indices. Source: hard distractors, so that one name part alone
+  never identifies a person.
+  """
+  rng_all, rng_side, rng_pick = jax.random.split(rng, 3)
+  everyone = members(world, which)
+  pick = jax.random.randint(rng_all, (num,), 0, everyone.shape[0])
+  people = everyone[pick]
+  sides = jax.random.bernoulli(rng_side, shape=(num,))
+
+  def share(person, own, side, rng):
+    allowed = jnp.where(side, world.split[person[0]], world.split[:, person[1]])
+    same = jnp.arange(allowed.shape[0]) == jnp.where(side, person[1], person[0])
+    logits = jnp.where((allowed == which) & ~same, 0.0, -1e9)
+    new = jax.random.categorical(rng, logits)
+    # A known name part may have no second person: then keep the random one.
+    twin = jnp.where(
+      side, jnp.stack([person[0], new]), jnp.stack([new, person[1]])
+    )
+    return jnp.where(jnp.any(logits == 0.0), twin, own)
+
+  twins = jax.vmap(share)(
+    jnp.roll(people, 1, axis=0), people, sides, jax.random.split(rng_pick, num)
+  )
+  odd = (jnp.arange(num) % 2 == 1)[:, None]
+  return jnp.where(odd, twins, people)
+
+
+def draw_values(
+  world: World,
+  relations: Int[Array, "F"],
+  num: int,
+  *,
+  which: int,
+  rng: Key[Array, ""],
+) -> Int[Array, "{num} F 2"]:
+  """Draw a value of each relation for `num` people, different among them."""
+  rng_value, rng_person = jax.random.split(rng)
+  num_facts = relations.shape[0]
+  noise = jax.random.uniform(rng_value, (num_facts, NUM_VALUES))
+  order = jnp.argsort(noise, axis=1)[:, :num]
+  plain = world.values[relations[:, None], order]
+  everyone = members(world, which)
+  pick = jax.random.randint(rng_person, (num_facts, num), 0, everyone.shape[0])
+  people = person_ids(world, everyone[pick])
+  values = jnp.where(world.of_person[relations][:, None, None], people, plain)
+  return jnp.swapaxes(values, 0, 1)
+
+
+def fill(
+  template: Int[Array, "W"],
+  person: Int[Array, "2"],
+  value: Int[Array, "2"],
+  other: Int[Array, "2"] | None = None,
+  answer: Int[Array, "2"] | None = None,
+) -> Int[Array, "W"]:
+  """Put ids into a template's slots; a missing second token leaves NOTHING."""
+  other = value if other is None else other
+  answer = value if answer is None else answer
+  out = template
+  for slot, ids in (
+    (FIRST, person),
+    (VALUE, value),
+    (OTHER, other),
+    (ANSWER, answer),
+  ):
+    out = jnp.where(template == slot, ids[0], out)
+    out = jnp.where(template == slot - 1, ids[1], out)
+  return out
+
+
+class Row(NamedTuple):
+  """One training row of S tokens; `weights[t]` is of predicting token t."""
+
+  ids: Int[Array, "S"]
+  segments: Int[Array, "S"]  # 0 at padding
+  positions: Int[Array, "S"]  # restart at every segment
+  weights: Float[Array, "S"]
+
+
+def join(
+  units: Int[Array, "U W"],
+  weights: Float[Array, "U W"],
+  segments: Int[Array, "U"],
+  size: int,
+) -> Row:
+  """Write units one after another into a row, without their NOTHING.
+
+  A unit that does not fit is cut off at the row's end. A segment's first token
+  has no weight, since nothing stands before it.
+  """
+  flat = units.reshape(-1)
+  keep = flat >= 0
+  slot = jnp.where(keep, jnp.cumsum(keep) - 1, size)
+  segment = jnp.broadcast_to(segments[:, None], units.shape).reshape(-1)
+  put = lambda x: jnp.zeros(size, x.dtype).at[slot].set(x, mode="drop")
+  segment_of = put(segment)
+  first = jnp.searchsorted(
+    jnp.where(jnp.arange(size) < keep.sum(), segment_of, segments.max() + 1),
+    segment_of,
+  )
+  positions = jnp.where(segment_of > 0, jnp.arange(size) - first, 0)
+  weight = jnp.where(positions > 0, put(weights.reshape(-1)), 0.0)
+  return Row(put(flat), segment_of, positions.astype(jnp.int32), weight)
