@@ -1,0 +1,279 @@
+"""Start a run: flags, processes, the workdir's records, the way to stop.
+
+    python -m experiments.remix --config=configs/remix.py:smoke --workdir=out \\
+        --config.optim.rate=3e-4
+
+An experiment is `run(config, workdir, stop)` and ends with `launch.main(run)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import pathlib
+import platform
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from jaxmem import config as configs
+
+CONFIG_FILE = "config.json"  # the resolved config
+VERSIONS_FILE = "versions.json"  # packages, commit, command
+EXIT_USAGE = 2
+EXIT_STOPPED = 128 + signal.SIGTERM  # what a shell says of a terminated job
+
+_PACKAGES = (
+  "jaxmem", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
+  "ml-collections", "numpy", "transformers", "tokenizers",
+)  # fmt: skip
+# Frames of these modules speak to the user; a ValueError from elsewhere is a
+# fault of the program and keeps its traceback.
+_OURS = ("jaxmem", "experiments", "configs", "config_", "benchmarks")
+_log = logging.getLogger(__name__)
+
+Run = Callable[[ConfigDict, pathlib.Path, "Stop"], object]
+
+
+class Flags(NamedTuple):
+  """A parsed command line."""
+
+  config: str
+  workdir: pathlib.Path
+  overrides: dict[str, str]
+  distributed: str  # auto | on | off
+  coordinator: dict  # arguments of jax.distributed.initialize
+
+
+def parse_flags(argv: Sequence[str]) -> Flags:
+  """Read the command line (without the program's name).
+
+  Raises:
+    ValueError: an override without a value.
+    SystemExit: argparse's usage error.
+  """
+  parser = argparse.ArgumentParser(
+    allow_abbrev=False,
+    epilog="--config.GROUP.NAME=VALUE sets one value of the config.",
+  )
+  add = parser.add_argument
+  add("--config", required=True, help="path/to/config.py[:argument]")
+  add("--workdir", required=True, help="where the run's files go")
+  add(
+    "--distributed",
+    choices=("auto", "on", "off"),
+    default="auto",
+    help="join other processes: when a cluster is detected, always, never",
+  )
+  add("--coordinator_address", help="host:port of process 0")
+  add("--num_processes", type=int)
+  add("--process_id", type=int)
+  plain, overrides, rest = [], {}, list(argv)
+  while rest:
+    word = rest.pop(0)
+    if not word.startswith("--config."):
+      plain.append(word)
+      continue
+    name, equals, value = word.removeprefix("--config.").partition("=")
+    if not equals:
+      if not rest:
+        raise ValueError(
+          f"--config.{name} needs a value: --config.{name}=VALUE"
+        )
+      value = rest.pop(0)
+    overrides[name] = value
+  flags = parser.parse_args(plain)
+  coordinator = {
+    name: value
+    for name in ("coordinator_address", "num_processes", "process_id")
+    if (value := getattr(flags, name)) is not None
+  }
+  workdir = pathlib.Path(flags.workdir)
+  return Flags(flags.config, workdir, overrides, flags.distributed, coordinator)
+
+
+def detect_cluster(environ: Mapping[str, str]) -> str | None:
+  """Name the cluster that the environment says we are several processes of."""
+
+  def number(name):
+    text = environ.get(name, "")
+    return int(text) if text.isdigit() else 0
+
+  if "MEGASCALE_COORDINATOR_ADDRESS" in environ:
+    return "TPU multislice"
+  workers = environ.get("TPU_WORKER_HOSTNAMES", "")
+  if len([host for host in workers.split(",") if host]) > 1:
+    return "TPU pod"
+  if number("SLURM_NTASKS") > 1 and "SLURM_PROCID" in environ:
+    return "Slurm"
+  if number("OMPI_COMM_WORLD_SIZE") > 1:
+    return "Open MPI"
+  if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+    return "Kubernetes"
+  return None
+
+
+class Stop:
+  """`stop(step)` is True from the moment the run should save and end.
+
+  Alone, a SIGTERM sets it. Among several processes jax's preemption service
+  does, at the same poll on each: all of them poll equally often.
+  """
+
+  def __init__(self, distributed: bool = False):
+    self._distributed = distributed
+    self._polls = 0
+    self.requested = False
+    if not distributed:
+      signal.signal(signal.SIGTERM, self._on_signal)
+
+  def _on_signal(self, number, frame):
+    self.requested = True
+
+  def __call__(self, step: int) -> bool:
+    """Poll at a step; the service counts polls, whatever a poll's step is."""
+    self._polls += 1
+    if self._distributed and not self.requested:
+      self.requested = multihost_utils.reached_preemption_sync_point(
+        self._polls
+      )
+      if self.requested:
+        _log.warning("asked to stop at step %d", step)
+    return self.requested
+
+
+def start_processes(flags: Flags, environ: Mapping[str, str]) -> Stop:
+  """Join the other processes, if any; call before a device is touched."""
+  cluster = detect_cluster(environ)
+  wanted = flags.distributed == "on" or flags.coordinator
+  if flags.distributed == "auto" and cluster is not None:
+    wanted = True
+  if flags.distributed == "off":
+    if flags.coordinator:
+      raise ValueError(
+        f"--distributed=off and {sorted(flags.coordinator)} are given: "
+        "leave one out"
+      )
+    wanted = False
+  if not wanted:
+    return Stop()
+  jax.distributed.initialize(**flags.coordinator)
+  _log.info(
+    "process %d of %d (%s)", jax.process_index(), jax.process_count(),
+    cluster or "coordinator flags",
+  )  # fmt: skip
+  return Stop(distributed=True)
+
+
+def use_compilation_cache(environ: Mapping[str, str]) -> None:
+  """Keep compiled programs between runs, per host, unless told where."""
+  if "JAX_COMPILATION_CACHE_DIR" in environ:
+    return
+  base = pathlib.Path(environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+  cache = base / "jaxmem" / platform.node()
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _git(*args):
+  root = pathlib.Path(__file__).parent
+  command = ["git", "-C", str(root), *args]
+  try:
+    done = subprocess.run(
+      command, capture_output=True, text=True, timeout=20, check=True
+    )
+  except (OSError, subprocess.SubprocessError):
+    return None  # not a checkout, or no git: recorded as null
+  return done.stdout.strip()
+
+
+def versions() -> dict:
+  """What the run is made of: packages, commit, machine, command."""
+  packages = {}
+  for name in _PACKAGES:
+    try:
+      packages[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      packages[name] = None
+  changed = _git("status", "--porcelain", "--untracked-files=no")
+  return {
+    "python": platform.python_version(),
+    "packages": packages,
+    "git_commit": _git("rev-parse", "HEAD"),
+    "git_changed": None if changed is None else bool(changed),
+    "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "processes": jax.process_count(),
+    "platform": platform.platform(),
+    "command": sys.orig_argv,
+  }
+
+
+def write_records(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Write the resolved config and versions; say what a restart changes."""
+  if jax.process_index() != 0:
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / CONFIG_FILE
+  resolved = json.loads(config.to_json_best_effort())
+  if path.exists():
+    before = configs.flatten(json.loads(path.read_text()))
+    now = configs.flatten(resolved)
+    for name in sorted(set(before) | set(now)):
+      if before.get(name) != now.get(name):
+        _log.warning(
+          "%s: %s was %r in this workdir and is now %r",
+          path, name, before.get(name), now.get(name),
+        )  # fmt: skip
+  path.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
+  text = json.dumps(versions(), indent=2) + "\n"
+  (workdir / VERSIONS_FILE).write_text(text)
+
+
+def _speaks_to_user(error: ValueError) -> bool:
+  """True where the innermost frame is ours, so the message is complete."""
+  frame = error.__traceback__
+  name = ""
+  while frame is not None:
+    name = frame.tb_frame.f_globals.get("__name__", "")
+    frame = frame.tb_next
+  return name == "__main__" or name.startswith(_OURS)
+
+
+def main(run: Run, argv: Sequence[str] | None = None) -> None:
+  """Run an experiment from the command line, and exit.
+
+  Exit status 0 when done, 2 with one line for bad input (a ValueError raised
+  by this package), 1 with one line for a loss that is not finite, 143 when
+  asked to stop and everything was saved. Another error keeps its traceback.
+  """
+  logging.basicConfig(
+    format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+  )
+  logging.getLogger("jaxmem").setLevel(logging.INFO)
+  try:
+    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    config = configs.load(flags.config)
+    configs.apply(config, flags.overrides)
+    use_compilation_cache(os.environ)
+    stop = start_processes(flags, os.environ)
+    write_records(config, flags.workdir)
+    run(config, flags.workdir, stop)
+  except ValueError as error:
+    if not _speaks_to_user(error):
+      traceback.print_exc()
+      sys.exit(1)
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(EXIT_USAGE)
+  except FloatingPointError as error:  # a run that diverged
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(1)
+  sys.exit(EXIT_STOPPED if stop.requested else 0)
