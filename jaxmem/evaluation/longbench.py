@@ -135,7 +135,8 @@ def code_similarity(
     ratio = difflib.SequenceMatcher(None, line, truth).ratio()
   elif matcher == "levenshtein":
     common = len(_common_subsequence(line, truth))
-    ratio = 2 * common / (len(line) + len(truth))
+    total = len(line) + len(truth)
+    ratio = 1 - (total - 2 * common) / total  # in its order, which rounds
   else:
     raise ValueError(f"matcher is {matcher!r}, not difflib or levenshtein")
   return int(round(100 * ratio)) / 100
