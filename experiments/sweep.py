@@ -154,11 +154,10 @@ def run_points(
         status = _status(point, process.returncode)
         outcomes.append(Outcome(point, status, time.monotonic() - since))
         left = len(points) - len(outcomes)
-        pace = (time.monotonic() - began) / len(outcomes)
+        eta = _minutes((time.monotonic() - began) / len(outcomes) * left)
         print(
           f"[{len(outcomes)}/{len(points)}] {status}: {point.name} "
-          f"({_minutes(outcomes[-1].seconds)}); about "
-          f"{_minutes(pace * left)} left",
+          f"({_minutes(outcomes[-1].seconds)}); about {eta} left",
           flush=True,
         )
       time.sleep(0.05)

@@ -51,8 +51,8 @@ def wilson_interval(
 
 
 def paired_bootstrap(
-  first: Sequence[float] | np.ndarray,
-  second: Sequence[float] | np.ndarray,
+  first: Sequence[float | int] | np.ndarray,
+  second: Sequence[float | int] | np.ndarray,
   *,
   seed: int = 0,
   samples: int = 10_000,
@@ -101,7 +101,7 @@ def paired_bootstrap(
   return Difference(float(gap.mean()), float(low), float(high), float(p_value))
 
 
-def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+def mean_sd(values: Sequence[float | int]) -> tuple[float, float | None]:
   """Return mean and sample standard deviation (n - 1), None for one value.
 
   Raises:
@@ -115,19 +115,24 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
   return float(values.mean()), float(values.std(ddof=1))
 
 
-def format_mean_sd(values: Sequence[float]) -> str:
+def format_mean_sd(values: Sequence[float | int]) -> str:
   """Write a table's cell: "41.3 ± 1.2", or "41.27" for one value.
 
   The deviation is shown with two significant digits and the mean as finely; a
-  single value, or values all equal, with four significant digits.
+  single value, or values all equal, with four significant digits or as whole
+  numbers.
 
   Raises:
     ValueError: no values.
   """
   mean, sd = mean_sd(values)
   if sd is None:
-    return f"{mean:.4g}"
+    return _plain(mean)
   if not math.isfinite(sd) or sd <= 1e-9 * abs(mean):  # no digits to go by
-    return f"{mean:.4g} ± {sd if math.isnan(sd) else 0:g}"
+    return f"{_plain(mean)} ± {sd if math.isnan(sd) else 0:g}"
   digits = max(0, 1 - math.floor(math.log10(sd)))
   return f"{mean:.{digits}f} ± {sd:.{digits}f}"
+
+
+def _plain(value):
+  return f"{value:.0f}" if 1e3 <= abs(value) < 1e15 else f"{value:.4g}"
