@@ -148,7 +148,7 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     return False
   rows = max(1, _BLOCK_BYTES // (4 * max(1, int(np.prod(one.shape[1:])))))
   for start in range(0, one.shape[0], rows):
-    part = slice(start, start + rows)
+    part = slice(start, min(start + rows, one.shape[0]))
     if not np.array_equal(
       np.asarray(one.view[part]), np.asarray(other.view[part]), equal_nan=True
     ):
