@@ -170,13 +170,13 @@ def load(
   Raises:
     ValueError: start after stop, or a stack, prefetch or threads below 1.
   """
-  if not 0 <= start <= stop or min(stack or 1, prefetch, threads) < 1:
+  size = 1 if stack is None else stack
+  if not 0 <= start <= stop or min(size, prefetch, threads) < 1:
     raise ValueError(
       f"start is {start}, stop is {stop}, stack is {stack}, prefetch is "
       f"{prefetch}, threads is {threads}; needed: 0 <= start <= stop, the "
       "others at least 1"
     )
-  size = stack or 1
 
   def make(first: int) -> Any:
     parts = [make_batch(s) for s in range(first, min(first + size, stop))]

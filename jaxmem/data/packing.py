@@ -16,8 +16,10 @@ import numpy as np
 from jaxtyping import Int
 
 IntArray = np.ndarray | jax.Array
+Ints = Sequence[int] | np.ndarray
 NONE = -1  # marks no label, no example
 GRAIN = 8  # row lengths and label counts are multiples of it
+SAMPLED_BATCHES = 256  # batches on which row lengths are compared
 
 
 class PackedBatch(NamedTuple):
@@ -45,9 +47,9 @@ class PackShape(NamedTuple):
 
 
 def plan(
-  lengths: Sequence[int] | np.ndarray,
-  label_counts: Sequence[int] | np.ndarray,
-  batches: Iterable[Sequence[int] | np.ndarray],
+  lengths: Ints,
+  label_counts: Ints,
+  batches: Iterable[Ints],
   *,
   length: int | None = None,
   multiple: int = 1,
@@ -77,18 +79,19 @@ def plan(
       f"a row has {lengths[used].max()} tokens, length is {length}; raise it, "
       "or leave out longer rows when encoding"
     )
+  sample = batches[:SAMPLED_BATCHES]
   candidates = (
     [length]
     if length is not None
     else [_round_up(longest * k // 4, GRAIN) for k in (4, 5, 6, 8, 12, 16)]
   )
-  best = None
+  best, fewest = longest, None
   for candidate in dict.fromkeys(candidates):
-    shape = _plan_length(lengths, counts, batches, candidate, multiple)
+    shape = _plan_length(lengths, counts, sample, candidate, multiple)
     tokens = shape.rows * shape.length
-    if best is None or tokens < best.rows * best.length:
-      best = shape
-  return best
+    if fewest is None or tokens < fewest:
+      best, fewest = candidate, tokens
+  return _plan_length(lengths, counts, batches, best, multiple)
 
 
 def _plan_length(lengths, counts, batches, length, multiple) -> PackShape:
@@ -106,8 +109,8 @@ def _plan_length(lengths, counts, batches, length, multiple) -> PackShape:
 
 
 def plan_padded(
-  lengths: Sequence[int] | np.ndarray,
-  label_counts: Sequence[int] | np.ndarray,
+  lengths: Ints,
+  label_counts: Ints,
   batch_size: int,
   *,
   multiple: int = 1,
@@ -132,9 +135,9 @@ def plan_padded(
 
 
 def plan_buckets(
-  lengths: Sequence[int] | np.ndarray,
-  label_counts: Sequence[int] | np.ndarray,
-  batches: Iterable[Sequence[int] | np.ndarray],
+  lengths: Ints,
+  label_counts: Ints,
+  batches: Iterable[Ints],
   bounds: Sequence[int],
   *,
   multiple: int = 1,
@@ -176,7 +179,7 @@ def plan_buckets(
   return tuple(shapes)
 
 
-def assign(lengths: Sequence[int] | np.ndarray, length: int) -> list[list[int]]:
+def assign(lengths: Ints, length: int) -> list[list[int]]:
   """Put items into as few rows as first-fit by falling length finds.
 
   Args:
@@ -202,8 +205,8 @@ def assign(lengths: Sequence[int] | np.ndarray, length: int) -> list[list[int]]:
 
 def pack(
   encoded: Sequence[Any],
-  ids: Sequence[int],
-  sources: Sequence[int],
+  ids: Ints,
+  sources: Ints,
   shape: PackShape,
 ) -> PackedBatch:
   """Pack the examples of one batch among themselves.
@@ -226,8 +229,8 @@ def pack(
 
 def pad(
   encoded: Sequence[Any],
-  ids: Sequence[int],
-  sources: Sequence[int],
+  ids: Ints,
+  sources: Ints,
   shape: PackShape,
   *,
   compat_pad_loss: bool = False,
@@ -254,8 +257,8 @@ def pad(
 
 def bucket(
   encoded: Sequence[Any],
-  ids: Sequence[int],
-  sources: Sequence[int],
+  ids: Ints,
+  sources: Ints,
   shapes: Sequence[PackShape],
 ) -> tuple[PackedBatch, ...]:
   """The same batch as one padded part per length bucket.
@@ -306,8 +309,8 @@ def empty(shape: PackShape) -> PackedBatch:
 
 def fill(
   encoded: Sequence[Any],
-  ids: Sequence[int],
-  sources: Sequence[int],
+  ids: Ints,
+  sources: Ints,
   bins: Sequence[Sequence[int]],
   shape: PackShape,
 ) -> PackedBatch:
