@@ -7,6 +7,7 @@ from a checkpoint.
 """
 
 import functools
+import gc
 import hashlib
 import re
 from collections.abc import Callable, Mapping
@@ -38,7 +39,6 @@ TOKENIZER_FILES = (
   "tokenizer.model",
   "chat_template.jinja",
 )
-_MAX_SHARD_BYTES = 5_000_000_000  # what other writers use
 
 
 def _directory(path_or_hub_id: str | Path) -> Path:
@@ -144,8 +144,8 @@ def params_from_tensors(
   for path, leaf in table.items():
     sources = [found[name] for name in leaf.names]
     filled = _fill(leaf, sources, abstract[path].dtype, placed.get(path))
-    # Waiting frees the host's copy before the next leaf is read.
     params[path] = jax.block_until_ready(filled)
+    gc.collect(0)  # when jaxlib lets go of the host arrays it has transferred
   return traverse_util.unflatten_dict(params)
 
 
@@ -250,7 +250,7 @@ def save(
   params: Params,
   *,
   tokenizer_from: str | Path | None = None,
-  max_shard_bytes: int = _MAX_SHARD_BYTES,
+  max_shard_bytes: int = 5_000_000_000,
 ) -> None:
   """Write parameters as a checkpoint in Hugging Face format.
 
