@@ -91,14 +91,7 @@ def make_stage(
       raise ValueError(f"{name} is {value}; it must be at least 0")
   if compat_cut_after_mix:
     return _cut_after_mix(main, size, mix, ratio, mix_seed)
-  main = main if size is None else main[:size]
-  if not main:
-    raise ValueError("empty data set: the stage has no main row")
-  if size is not None and len(main) < size:
-    raise ValueError(
-      f"size is {size}, but the set has {len(main)} usable rows; lower size or "
-      "give more rows"
-    )
+  main = _cut(main, size)
   wanted = _wanted("mix", len(mix), int(len(main) * ratio), compat_short_pool)
   again = _wanted("replay", len(replay), int(len(replay) * replay_ratio), False)
   if replay_ratio and not again:
@@ -106,13 +99,32 @@ def make_stage(
       f"replay_ratio is {replay_ratio} of {len(replay)} rows, which is no row; "
       "raise it or give more rows to replay"
     )
-  old = _part(
-    replay, again, replay_seed, "redrawn" if redraw_replay else "fixed"
+  redraw = "redrawn" if redraw_replay else "fixed"
+  return _assemble(
+    (list(main), Draw(0, len(main), len(main)), MAIN),
+    (*_part(replay, again, replay_seed, redraw), REPLAYED),
+    (*_part(mix, wanted, mix_seed, "fresh" if fresh_mix else "fixed"), MIXED),
   )
-  new = _part(mix, wanted, mix_seed, "fresh" if fresh_mix else "fixed")
-  draws, rows, sources = [Draw(0, len(main), len(main))], list(main), []
-  sources += [MAIN] * len(main)
-  for (part, draw), source in ((old, REPLAYED), (new, MIXED)):
+
+
+def _cut(main: Sequence[Any], size: int | None) -> Sequence[Any]:
+  """The first `size` rows; an error where there are fewer."""
+  if not main:
+    raise ValueError("empty data set: the stage has no main row")
+  if size is not None and len(main) < size:
+    raise ValueError(
+      f"size is {size}, but the set has {len(main)} usable rows; lower size or "
+      "give more rows"
+    )
+  return main if size is None else main[:size]
+
+
+def _assemble(*parts: tuple[list[Any], Draw, int]) -> Stage:
+  """One row table from (rows, draw, source) parts; empty ones are left out."""
+  rows: list[Any] = []
+  sources: list[int] = []
+  draws = []
+  for part, draw, source in parts:
     if part:
       draws.append(dataclasses.replace(draw, start=len(rows)))
       rows += part
@@ -153,11 +165,10 @@ def _cut_after_mix(main, size, mix, ratio, mix_seed) -> Stage:
   if not rows:
     raise ValueError("empty data set: the stage has no main row")
   kept = min(len(main), len(rows))
-  sources = np.array([MAIN] * kept + [MIXED] * (len(rows) - kept), np.int32)
-  draws = [Draw(0, kept, kept)]
-  if len(rows) > kept:
-    draws.append(Draw(kept, len(rows) - kept, len(rows) - kept))
-  return Stage(tuple(rows), sources, tuple(draws))
+  return _assemble(
+    (rows[:kept], Draw(0, kept, kept), MAIN),
+    (rows[kept:], Draw(0, len(rows) - kept, len(rows) - kept), MIXED),
+  )
 
 
 class Overlap(NamedTuple):

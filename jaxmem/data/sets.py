@@ -77,7 +77,12 @@ SETS = {
   ),
   "local": DataSet("factoid", local.local_row),
   "gsm8k": DataSet("other", solutions.gsm8k_row, "tfds:gsm8k", "train"),
-  "math": DataSet("other", solutions.math_row, "hf:lighteval/MATH", "train"),
+  "math": DataSet(
+    "other",
+    solutions.math_row,
+    "hf:DigitalLearningGmbH/MATH-lighteval",
+    "train",
+  ),
   "evolcode": DataSet(
     "other",
     solutions.evolcode_row,

@@ -47,7 +47,7 @@ def read_rows(
   if scheme in ("tfds", "hf"):
     for part in (split or "train").split("+"):
       if scheme == "tfds":
-        yield from _tfds(name, part, data_dir)
+        yield from _tfds(name, part, data_dir, bad)
       else:
         yield from _hub(name, part)
     return
@@ -256,7 +256,9 @@ _READERS = {
 }
 
 
-def _tfds(name: str, split: str, data_dir: str | None) -> Iterator[Row]:
+def _tfds(
+  name: str, split: str, data_dir: str | None, bad: BadRows
+) -> Iterator[Row]:
   """Rows of a TFDS set, through its array_record files: no TensorFlow."""
   try:
     import tensorflow_datasets as tfds
@@ -285,7 +287,12 @@ def _tfds(name: str, split: str, data_dir: str | None) -> Iterator[Row]:
     ) from error
   for i in range(len(data)):
     row = Row(f"tfds:{name}", f"{split} row {i + 1}", None)
-    yield row._replace(values=_plain(data[i], row))
+    try:
+      row = row._replace(values=_plain(data[i], row))
+    except RowError as error:
+      bad.add(error)
+      continue
+    yield row
 
 
 def _hub(name: str, split: str) -> Iterator[Row]:
@@ -319,7 +326,7 @@ def _plain(value: Any, row: Row) -> Any:
     try:
       return value.decode("utf-8")
     except UnicodeDecodeError as error:
-      raise RowError(f"{row.file} {row.place}: text is not UTF-8") from error
+      raise row.error("(text)", f"is not UTF-8: {error.reason}") from error
   if isinstance(value, dict):
     return {k: _plain(v, row) for k, v in value.items()}
   if isinstance(value, np.ndarray):

@@ -186,6 +186,17 @@ def test_tfds(tfds_dir):
   assert "tensorflow" not in sys.modules
 
 
+def test_tfds_text_that_is_not_utf8(tfds_dir, monkeypatch):
+  import tensorflow_datasets as tfds
+
+  rows = [{"q": b"\xff"}, {"q": [b"fine"]}]
+  monkeypatch.setattr(tfds, "data_source", lambda *_, **__: rows)
+  with pytest.raises(ValueError, match="train row 1, field '.text.': is not"):
+    read("tfds:any")
+  got, bad = read("tfds:any", "skip")
+  assert [row.values for row in got] == [{"q": ["fine"]}] and bad.skipped == 1
+
+
 def test_tfds_names_of_lazy_families_resolve():
   import tensorflow_datasets as tfds
 

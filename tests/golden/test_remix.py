@@ -20,7 +20,6 @@ from jaxmem.data.records import Message
 
 SIZE = 2000  # facts in a set of the release
 FILTERED = ("popqa", "triviaqa", "entityqa", "webqa", "lama")
-GENERIC = ("knowledge-pile", "arxiv-pile", "fineweb")
 
 
 @pytest.fixture
@@ -83,16 +82,17 @@ def points(files, name, task_mode="", mix_ratio=1.0, eval_known=False, **_):
   modes = task_mode.split("+")
   if eval_known:
     known = files[f"{name}_learned"]
-    return sets.load(name, source=known, size=SIZE).examples
+    return sets.load(name, source=known, size=SIZE, unique=False).examples
   examples = read_set(files, name)
   if "qa_multiple_choice" in modes and "eval" in modes:
     rng = random.Random(0)
     examples = [formats.multiple_choice(example, rng) for example in examples]
   if "mix" in modes:
     source = modes[modes.index("mix") + 1]
-    # The sample counter goes on over the sets, except after kvr; ready-made
-    # random rows bring their numbers, and take the name of the main set.
-    options = {"first_id": 0 if name == "kvr" else len(examples)}
+    # The sample counter goes on over the sets, but for two that never move it;
+    # ready-made random rows bring their numbers, and the main set's name.
+    still = name in ("kvr", "ultrachat")
+    options = {"first_id": 0 if still else len(examples)}
     pool = read_set(files, source, **options)
     if source == "random-pretraining":
       pool = [dataclasses.replace(row, group=name) for row in pool]
@@ -238,7 +238,7 @@ def test_managers(load, tokenizer, files):
       np.testing.assert_array_equal(row.ids, theirs.ids)
       extra = row.ids[row.target != theirs.target]
       assert not (row.target & ~theirs.target).any()
-      assert set(tokenizer.convert_ids_to_tokens(extra)) <= {"Ċ"}
+      assert not tokenizer.decode(extra).strip()
     assert [row.example.id for row in ours.rows] == ours.sample_ids
 
 
@@ -328,7 +328,8 @@ def test_message_format(load, tokenizer):
 
 
 def test_prompt_ids_equal_in_training_and_evaluation(load, tokenizer, files):
-  for name in (*FILTERED, "kvr", "gsm8k", "math", "evolcode", "apps", *GENERIC):
+  names = {key.removesuffix("_train") for key in files} & set(sets.SETS)
+  for name in sorted(names - {"ultrachat"}):  # its last turns go unanswered
     examples = read_set(files, name)
     prompts = tok.encode_prompts(
       tokenizer,
