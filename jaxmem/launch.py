@@ -9,6 +9,7 @@ An experiment is `run(config, workdir, stop)` and ends with `launch.main(run)`.
 from __future__ import annotations
 
 import argparse
+import dis
 import importlib.metadata
 import json
 import logging
@@ -239,13 +240,17 @@ def write_records(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def _speaks_to_user(error: ValueError) -> bool:
-  """True where the innermost frame is ours, so the message is complete."""
-  frame = error.__traceback__
-  name = ""
-  while frame is not None:
-    name = frame.tb_frame.f_globals.get("__name__", "")
-    frame = frame.tb_next
-  return name == "__main__" or name.startswith(_OURS)
+  """True where a `raise` statement of ours made it: its message is complete.
+
+  A ValueError that falls out of a call (`int("x")`, a reshape) is a fault.
+  """
+  trace = error.__traceback__
+  while trace.tb_next is not None:
+    trace = trace.tb_next
+  name = trace.tb_frame.f_globals.get("__name__", "")
+  operation = trace.tb_frame.f_code.co_code[trace.tb_lasti]
+  ours = name == "__main__" or name.startswith(_OURS)
+  return ours and operation == dis.opmap["RAISE_VARARGS"]
 
 
 def main(run: Run, argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,8 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping
-from typing import IO
+from io import TextIOBase
+from typing import Any
 
 import jax
 import numpy as np
@@ -37,7 +38,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict]:
   return rows
 
 
-def format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float | int) -> str:
   """1:02:03, or 2:03 below an hour."""
   hours, rest = divmod(int(seconds + 0.5), 3600)
   minutes, left = divmod(rest, 60)
@@ -67,7 +68,7 @@ class Logger:
     first_step: int = 0,
     name: str = "train",
     tensorboard: bool = True,
-    stream: IO[str] | None = None,
+    stream: TextIOBase | None = None,
   ):
     self._total, self._first, self._name = total_steps, first_step, name
     self._stream = sys.stderr if stream is None else stream
@@ -102,8 +103,8 @@ class Logger:
   def __exit__(self, *exc_info: object) -> None:
     self.close()
 
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Record numbers of a step; non-finite ones are written as null."""
+  def write(self, step: int, values: Mapping[str, Any]) -> None:
+    """Record scalars of a step; non-finite ones are written as null."""
     if not self._writes:
       return
     values = {name: float(np.asarray(value)) for name, value in values.items()}

@@ -29,7 +29,7 @@ class Event(NamedTuple):
   """Something done at every multiple of `every_steps`, and at the end."""
 
   every_steps: int
-  run: Callable[[int, TrainState], Mapping[str, float]]  # -> metrics to log
+  run: Callable[[int, TrainState], Mapping[str, Any]]  # -> metrics to log
 
 
 class Stream(NamedTuple):

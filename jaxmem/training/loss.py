@@ -31,6 +31,7 @@ def cross_entropy(
   label_valid: Bool[Array, "R Q"],
   *,
   chunk: int = 128,
+  constrain: Callable[[Array], Array] | None = None,
 ) -> tuple[Float[Array, "R Q"], Bool[Array, "R Q"]]:
   """Score every label by the logits at its position.
 
@@ -45,6 +46,8 @@ def cross_entropy(
     labels: token ids.
     label_valid: False where there is no label.
     chunk: label positions per row and piece.
+    constrain: keeps a batch axis on its devices, from
+      `parallel.make_constrain`.
 
   Returns:
     nll: nats per label, float32.
@@ -55,12 +58,14 @@ def cross_entropy(
   """
   if chunk < 1:
     raise ValueError(f"chunk must be at least 1, got {chunk}")
+  constrain = constrain or (lambda x: x)
+  hidden = constrain(hidden)
   label_index = jnp.where(label_valid, label_index, 0)
   labels = jnp.where(label_valid, labels, 0)
 
   def piece(hidden, index, labels, valid):
     rows = jnp.take_along_axis(hidden, index[..., None], axis=1)
-    logits = logits_fn(rows)
+    logits = logits_fn(constrain(rows))
     nll = jnp.where(valid, token_nll(logits, labels), 0.0)
     return nll, (jnp.argmax(logits, axis=-1) == labels) & valid
 

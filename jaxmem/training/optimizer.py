@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-Schedule = Callable[[jax.Array], jax.Array]
+Schedule = Callable[[Any], Any]  # update's number -> rate
+Number = float | int
 SCHEDULES = ("constant", "linear", "cosine")
 # Norm scales and biases are usually left undecayed.
 NO_DECAY = r"(^|/)(scale|bias)$"
@@ -23,17 +24,17 @@ class Group:
   """Parameters whose path `a/b/c` the pattern finds; the first match wins."""
 
   pattern: str  # searched anywhere in the path
-  rate_scale: float = 1.0  # times the schedule's rate; 0 holds them still
-  weight_decay: float | None = None  # None: the optimiser's
+  rate_scale: Number = 1.0  # times the schedule's rate; 0 holds them still
+  weight_decay: Number | None = None  # None: the optimiser's
 
 
 def make_schedule(
   kind: str,
-  rate: float,
+  rate: Number,
   *,
   total_steps: int,
   warmup_steps: int = 0,
-  end_ratio: float = 0.0,
+  end_ratio: Number = 0.0,
 ) -> Schedule:
   """Learning rate of update t = 0, 1, ..: linear warm-up from 0, then decay.
 
@@ -133,13 +134,13 @@ def _decay_and_rate(rate, weight_decay, groups):
 
 
 def adamw(
-  rate: Schedule | float,
+  rate: Schedule | Number,
   *,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
-  clip_norm: float | None = None,
+  b1: Number = 0.9,
+  b2: Number = 0.999,
+  eps: Number = 1e-8,
+  weight_decay: Number = 0.0,
+  clip_norm: Number | None = None,
   groups: Sequence[Group] = (),
 ) -> optax.GradientTransformation:
   """AdamW with decoupled weight decay, as in PyTorch.

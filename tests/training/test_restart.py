@@ -1,0 +1,111 @@
+"""Runs that are killed, stopped and started again, as processes."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from jaxmem import launch
+from jaxmem.training import checkpoint
+from jaxmem.training.logging import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+  """Start a run and wait for it; compiled programs are kept between them."""
+  cache = tmp_path_factory.mktemp("cache")
+  environ = {
+    k: v for k, v in os.environ.items()
+    if k not in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+  }  # fmt: skip
+  environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+
+  def start(workdir, *flags, per_call=1, die=""):
+    command = [
+      sys.executable, "-m", "tests.training.tiny_run",
+      f"--config=tests/training/tiny_config.py:per_call={per_call}",
+      f"--workdir={workdir}", f"--config.die={die}", *flags,
+    ]  # fmt: skip
+    return subprocess.run(
+      command, cwd=ROOT, env=environ, capture_output=True, text=True,
+      timeout=300,
+    )  # fmt: skip
+
+  return start
+
+
+def final(workdir, step=40):
+  """Checksums of everything in the last checkpoint."""
+  root = workdir / "checkpoints"
+  assert checkpoint.steps(root)[-1] == step
+  return json.loads((root / f"{step:08d}" / "integrity.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def unbroken(start, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("unbroken")
+  done = start(workdir)
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+@pytest.mark.parametrize(
+  ("per_call", "die"),
+  [(1, f"kill {random.randrange(7, 40)}"), (8, "save 18")],
+  ids=["in a step", "in a save, 8 steps a call"],
+)
+def test_kill_9_and_restart_ends_bit_equal(
+  start, unbroken, tmp_path, per_call, die
+):
+  done = start(tmp_path, per_call=per_call, die=die)
+  assert done.returncode == -signal.SIGKILL, (die, done.stderr)
+  left = checkpoint.steps(tmp_path / "checkpoints")
+  assert left and left[-1] < 40
+  done = start(tmp_path, per_call=per_call)
+  assert done.returncode == 0, (die, done.stderr)
+  assert final(tmp_path) == final(unbroken), die
+  steps = [row["step"] for row in read_metrics(tmp_path)]
+  assert steps == sorted(set(steps)) and steps[-1] == 40
+
+
+def test_sigterm_saves_after_the_current_call(start, unbroken, tmp_path):
+  done = start(tmp_path, per_call=8, die="term 20")
+  assert done.returncode == launch.EXIT_STOPPED, done.stderr
+  # Calls end at saves, every 6 steps: 18 to 24 is the current one.
+  assert checkpoint.steps(tmp_path / "checkpoints")[-1] == 24
+  assert "train 20/40" in done.stderr
+  done = start(tmp_path)
+  assert done.returncode == 0, done.stderr
+  assert (
+    "train.steps_per_call was 8 in this workdir and is now 1" in done.stderr
+  )
+  assert final(tmp_path) == final(unbroken)
+
+
+def test_what_a_run_writes_down(unbroken):
+  config = json.loads((unbroken / launch.CONFIG_FILE).read_text())
+  assert config["train"] == {"steps": 40, "steps_per_call": 1}
+  versions = json.loads((unbroken / launch.VERSIONS_FILE).read_text())
+  assert versions["packages"]["jax"] and "git_commit" in versions
+  assert "tests.training.tiny_run" in versions["command"]
+  assert [row["step"] for row in read_metrics(unbroken)][:2] == [5, 10]
+  assert list((unbroken / "tensorboard" / "train").iterdir())
+
+
+def test_bad_input_is_one_line(start, tmp_path):
+  done = start(tmp_path, "--config.train.stps=3")
+  assert done.returncode == launch.EXIT_USAGE
+  assert done.stderr.splitlines() == [
+    "error: unknown config key 'train.stps': did you mean 'train.steps'?"
+  ]
