@@ -53,18 +53,23 @@ def _statement_weights(template, weight):
   return jnp.where(slot, weight, CONTEXT_WEIGHT)
 
 
-def prose_sentence(world: World, *, rng: Key[Array, ""]) -> Int[Array, "W"]:
-  """Draw a sentence of prose; a verb is one of four that its noun can take."""
-  rng_template, rng_slot, rng_verb = jax.random.split(rng, 3)
-  template = jax.random.choice(rng_template, world.prose)
-  width = template.shape[0]
-  draw = jax.random.randint(rng_slot, (width,), 0, 48)
-  where = jnp.where(template == -11, jnp.arange(width), 0)
+def prose_sentence(
+  world: World, template: Float[Array, ""], slots: Float[Array, "2 W"]
+) -> Int[Array, "W"]:
+  """Draw a sentence of prose; a verb is one of four that its noun can take.
+
+  Args:
+    template, slots: uniform numbers.
+  """
+  text = world.prose[w.integers(template, world.prose.shape[0])]
+  draw = w.integers(slots[0], 48)
+  where = jnp.where(text == w.NOUN, jnp.arange(text.shape[0]), 0)
   noun = draw[jax.lax.cummax(where)]
-  kind = jax.random.randint(rng_verb, (width,), 0, 4)
-  index = jnp.where(template == -12, (noun * 7 + kind * 11) % 32, draw)
-  slot = jnp.clip(-10 - template, 0, 4)
-  return jnp.where(template <= -10, world.prose_slots[slot, index], template)
+  verb = (noun * 7 + w.integers(slots[1], 4) * 11) % 32
+  index = jnp.where(text == w.VERB, verb, draw)
+  slot = jnp.clip(w.ADJECTIVE - text, 0, 4)
+  word = world.prose_slots[slot, index]
+  return jnp.where(text <= w.ADJECTIVE, word, text)
 
 
 class Documents(NamedTuple):
@@ -86,6 +91,7 @@ def draw_documents(
   scaffold: float,
   filler: float = 0.0,
   statements: tuple[int, ...] = (0, 1, 2),
+  relations: Int[Array, "F"] | None = None,
   rng: Key[Array, ""],
 ) -> Documents:
   """Draw documents that all state the same relations, of different people.
@@ -95,17 +101,22 @@ def draw_documents(
     scaffold: share of facts in the order of template 0.
     filler: share of documents that carry a sentence of prose.
     statements: templates that the other facts are drawn from.
+    relations: what the facts are about; None draws it.
   """
-  rngs = jax.random.split(rng, 8)
-  names = w.draw_people(world, num, which=which, rng=rngs[0])
+  width = world.statements.shape[-1]
+  u = w.uniforms(
+    rng, (num,), (num,), (num, 128), (w.NUM_RELATIONS,), (facts, w.NUM_VALUES),
+    (facts, num), (3, num, facts), (2, num), (num, 2, width),
+  )  # fmt: skip
+  names = w.draw_people(world, u[0], u[1], u[2], which=which)
   people = w.person_ids(world, names)
-  relations = jax.random.permutation(rngs[1], w.NUM_RELATIONS)[:facts]
+  if relations is None:
+    relations = jnp.argsort(u[3])[:facts].astype(jnp.int32)
   split = w.METHOD if which == w.KNOWN else which
-  values = w.draw_values(world, relations, num, which=split, rng=rngs[2])
-  order = jnp.argsort(jax.random.uniform(rngs[3], (num, facts)), axis=1)
-  plain = jax.random.choice(rngs[4], jnp.array(statements), (num, facts))
-  is_scaffold = jax.random.bernoulli(rngs[5], scaffold, (num, facts))
-  kind = jnp.where(is_scaffold, SCAFFOLD, plain)
+  values = w.draw_values(world, relations, u[4], u[5], which=split)
+  order = jnp.argsort(u[6][0], axis=1)
+  plain = jnp.array(statements)[w.integers(u[6][1], len(statements))]
+  kind = jnp.where(u[6][2] < scaffold, SCAFFOLD, plain)
 
   def fact(person, value, relation, kind):
     return w.fill(world.statements[relation, kind], person, value)
@@ -117,10 +128,8 @@ def draw_documents(
     relations[order],
     kind,
   )
-  has_filler = jax.random.bernoulli(rngs[6], filler, (num, 1))
-  prose = jax.vmap(lambda rng: prose_sentence(world, rng=rng))(
-    jax.random.split(rngs[7], num)
-  )
+  prose = jax.vmap(lambda a, b: prose_sentence(world, a, b))(u[7][0], u[8])
+  has_filler = (u[7][1] < filler)[:, None]
   prose = jnp.where(has_filler, prose, w.NOTHING)[:, None]
   end = jnp.broadcast_to(_unit(world, 2), (num, 1, units.shape[-1]))
   units = jnp.concatenate([units, prose, end], axis=1)
@@ -130,16 +139,14 @@ def draw_documents(
   )
 
 
-def _question(world, documents, is_scaffold, templates, first, *, rng):
+def _question(world, documents, scaffold, templates, first, uniform):
   """Ask for one fact of one document, as a question or a statement."""
-  rng_document, rng_fact, rng_template = jax.random.split(rng, 3)
   num, facts = documents.values.shape[:2]
-  d = jax.random.randint(rng_document, (), 0, num)
-  f = jax.random.randint(rng_fact, (), 0, facts)
+  d, f = w.integers(uniform[0], num), w.integers(uniform[1], facts)
+  is_scaffold = uniform[2] < scaffold
   relation, value = documents.relations[f], documents.values[d, f]
-  question = world.questions[
-    relation, jax.random.choice(rng_template, jnp.array(templates))
-  ]
+  kind = jnp.array(templates)[w.integers(uniform[3], len(templates))]
+  question = world.questions[relation, kind]
   statement = world.statements[relation, SCAFFOLD]
   template = jnp.where(is_scaffold, statement, question)
   weight = jnp.where(
@@ -171,7 +178,7 @@ def _row(world, documents, asked, size) -> Row:
 
 def reading_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   """Draw documents and questions on them, asked with replacement."""
-  rng_documents, rng_kind, rng_ask = jax.random.split(rng, 3)
+  rng_documents, rng_ask = jax.random.split(rng)
   documents = draw_documents(
     world,
     mix.documents,
@@ -181,10 +188,10 @@ def reading_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
     filler=mix.filler,
     rng=rng_documents,
   )
-  kinds = jax.random.bernoulli(rng_kind, mix.scaffold, (mix.questions,))
+  ask = jax.random.uniform(rng_ask, (mix.questions, 4))
   asked = [
-    _question(world, documents, kinds[q], (0, 1), q == 0, rng=rng)
-    for q, rng in enumerate(jax.random.split(rng_ask, mix.questions))
+    _question(world, documents, mix.scaffold, (0, 1), q == 0, ask[q])
+    for q in range(mix.questions)
   ]
   return _row(world, documents, asked, mix.size)
 
@@ -198,22 +205,20 @@ def lookup_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
 
 def copying_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   """Draw random words and repeat them; every second segment from 10 words."""
-  num = max(1, mix.size // 49)
-  length = min(24, (mix.size - 1) // 2)
+  num = max(1, mix.size // 81)
+  length = min(40, (mix.size - 1) // 2)
 
-  def segment(index, rng):
-    rng_some, rng_words = jax.random.split(rng)
-    some = jax.random.choice(rng_some, world.words, (10,))
-    few = jax.random.choice(rng_words, some, (length,))
-    many = jax.random.choice(rng_words, world.words, (length,))
+  some, words, start = w.uniforms(rng, (num, 10), (num, length), ())
+
+  def segment(index, some, words):
+    some = world.words[w.integers(some, world.words.shape[0])]
+    few = some[w.integers(words, 10)]
+    many = world.words[w.integers(words, world.words.shape[0])]
     ids = jnp.where(index % 2 == 0, few, many)
     return jnp.concatenate([world.marks[:1], ids, ids])
 
-  rng_segments, rng_order = jax.random.split(rng)
-  start = jax.random.randint(rng_order, (), 0, 2)
-  units = jax.vmap(segment)(
-    start + jnp.arange(num), jax.random.split(rng_segments, num)
-  )
+  index = w.integers(start, 2) + jnp.arange(num)
+  units = jax.vmap(segment)(index, some, words)
   repeated = jnp.arange(units.shape[1]) > length + 1
   weights = jnp.broadcast_to(repeated * HALF_WEIGHT, units.shape)
   return w.join(units, weights, 1 + jnp.arange(num), mix.size)
@@ -223,13 +228,12 @@ def known_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   """Draw facts of known people, closed book: two questions to a statement."""
   num = mix.size // 12
 
-  def segment(index, rng):
-    rng_person, rng_relation, rng_template = jax.random.split(rng, 3)
-    p = jax.random.randint(rng_person, (), 0, world.known.shape[0])
-    relation = jax.random.randint(rng_relation, (), 0, w.NUM_RELATIONS)
+  def segment(index, uniform):
+    p = w.integers(uniform[0], world.known.shape[0])
+    relation = w.integers(uniform[1], w.NUM_RELATIONS)
     person = w.person_ids(world, world.known[p])
     value = world.known_values[p, relation]
-    kind = jax.random.randint(rng_template, (), 0, 6)
+    kind = w.integers(uniform[2], 6)
     question = world.questions[relation, kind % 2]
     statement = world.statements[relation, kind % 3]
     is_statement = index % 3 == 2
@@ -244,16 +248,20 @@ def known_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
     return unit, jnp.concatenate([jnp.zeros_like(weight), weight])
 
   units, weights = jax.vmap(segment)(
-    jnp.arange(num), jax.random.split(rng, num)
+    jnp.arange(num), jax.random.uniform(rng, (num, 3))
   )
   return w.join(units, weights, 1 + jnp.arange(num), mix.size)
 
 
 def sum_unit(
-  world: World, template: Int[Array, "W"], minus: bool, *, rng: Key[Array, ""]
+  world: World,
+  template: Int[Array, "W"],
+  uniform: Float[Array, "2"],
+  *,
+  minus: bool = False,
 ) -> Int[Array, "W"]:
   """Draw a small sum (or difference) with its answer; numbers below 64."""
-  a, b = jax.random.randint(rng, (2,), 0, 32)
+  a, b = w.integers(uniform, 32)
   left = a + b if minus else a
   right = a if minus else b
   result = b if minus else a + b
@@ -263,16 +271,18 @@ def sum_unit(
 
 def task_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   """Draw two documents with a yes/no and a which-of-two question, and sums."""
-  rngs = jax.random.split(rng, 6)
+  rng_documents, rng_ask = jax.random.split(rng)
+  sums = max(1, (mix.size - 72) // 14)
+  coins, numbers = w.uniforms(rng_ask, (4,), (sums, 2))
   documents = draw_documents(
     world,
     2,
     2,
     which=w.METHOD,
     scaffold=mix.scaffold_documents,
-    rng=rngs[0],
+    rng=rng_documents,
   )
-  d, f, yes, swap = jax.random.bernoulli(rngs[1], shape=(4,)).astype(jnp.int32)
+  d, f, yes, swap = w.integers(coins, 2)
   relation, person = documents.relations[f], documents.people[d]
   right, wrong = documents.values[d, f], documents.values[1 - d, f]
   answer = jnp.stack([world.yes_no[1 - yes], jnp.int32(w.NOTHING)])
@@ -290,7 +300,9 @@ def task_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   turn = _unit(world, 2, 3, 2)
   asked = [(verify, world.verify[relation]), (choose, world.choose[relation])]
   leads = [nothing, turn]
-  units = [u for lead, (a, _) in zip(leads, asked, strict=True) for u in (lead, a)]
+  units = [
+    u for lead, (a, _) in zip(leads, asked, strict=True) for u in (lead, a)
+  ]
   weights = [
     u
     for _, t in asked
@@ -299,10 +311,7 @@ def task_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
       _weights(t, ANSWER_WEIGHT),
     )
   ]
-  sums = max(1, (mix.size - 72) // 14)
-  sum_units = jax.vmap(lambda r: sum_unit(world, world.sum, False, rng=r))(
-    jax.random.split(rngs[2], sums)
-  )
+  sum_units = jax.vmap(lambda u: sum_unit(world, world.sum, u))(numbers)
   head = _unit(world, 0, 3, 2)
   zero, full = jnp.zeros(head.shape), _weights(world.sum, HALF_WEIGHT)
   units = [head, *documents.units, *units]
@@ -320,9 +329,8 @@ def task_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
 def prose_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   """Draw sentences of prose."""
   num = mix.size // 6
-  units = jax.vmap(lambda rng: prose_sentence(world, rng=rng))(
-    jax.random.split(rng, num)
-  )
+  template, slots = w.uniforms(rng, (num,), (num, 2, world.prose.shape[1]))
+  units = jax.vmap(lambda a, b: prose_sentence(world, a, b))(template, slots)
   units = jnp.concatenate([_unit(world, 0)[None], units])
   weights = jnp.full(units.shape, HALF_WEIGHT)
   return w.join(units, weights, jnp.ones(num + 1, jnp.int32), mix.size)
@@ -384,45 +392,38 @@ def draw_exam(
 
   def one(rng):
     rng_documents, rng_other, rng_ask = jax.random.split(rng, 3)
-    draw = lambda rng: draw_documents(
-      world,
-      documents,
-      facts,
-      which=which,
-      scaffold=scaffold,
-      statements=statements,
-      rng=rng,
-    )
+    ask = jax.random.uniform(rng_ask, (4,))
+
+    def draw(rng, relations=None):
+      return draw_documents(
+        world,
+        documents,
+        facts,
+        which=which,
+        scaffold=scaffold,
+        statements=statements,
+        relations=relations,
+        rng=rng,
+      )
+
     drawn = draw(rng_documents)
-    unit, weight, (d, f) = _question(
-      world, drawn, jnp.bool_(False), questions, True, rng=rng_ask
-    )
-    shown, firsts = drawn, drawn.values[:, f, 0]
+    unit, weight, (d, f) = _question(world, drawn, 0.0, questions, True, ask)
+    firsts = drawn.values[:, f, 0]
     wrong = jnp.where(jnp.arange(documents) == d, -1, firsts)
+    shown = drawn
     if not gold:
-      # Other people's documents with the same relations, so only the person
-      # asked about is missing.
-      swap = draw(rng_other)._replace(relations=drawn.relations)
-      shown = replace_document(world, drawn, swap, d, statements, rng_other)
+      # Another person's document on the same relations: only the person who
+      # is asked about is missing.
+      other = draw(rng_other, drawn.relations)
+      shown = _replace_document(drawn, other, d)
     row = _row(world, shown, [(unit, weight)], size)
     return Exam(row, wrong, row.weights == ANSWER_WEIGHT)
 
   return jax.vmap(one)(jax.random.split(rng, num))
 
 
-def replace_document(
-  world, documents: Documents, other: Documents, index, statements, rng
-) -> Documents:
-  """Put another person's document, on the same relations, in one's place."""
-  num, facts = documents.values.shape[:2]
-  width = documents.units.shape[-1]
-  values = w.draw_values(
-    world, documents.relations, num, which=w.METHOD, rng=rng
-  )
-  kinds = jax.random.choice(rng, jnp.array(statements), (facts,))
-  new = jax.vmap(
-    lambda r, k, v: w.fill(world.statements[r, k], other.people[0], v)
-  )(documents.relations, kinds, values[0])
+def _replace_document(documents: Documents, other: Documents, d) -> Documents:
+  num, width = documents.values.shape[0], documents.units.shape[-1]
   units = documents.units.reshape(num, -1, width)
-  units = units.at[index, :facts].set(new)
+  units = units.at[d].set(other.units.reshape(num, -1, width)[d])
   return documents._replace(units=units.reshape(-1, width))

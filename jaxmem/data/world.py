@@ -20,6 +20,7 @@ from jaxmem.data import vocabulary, words
 NOTHING = -1  # no token here
 FIRST, LAST = -2, -3  # the person
 VALUE, OTHER, ANSWER = -4, -6, -8  # two tokens each: slot, slot - 1
+ADJECTIVE, NOUN, VERB = -10, -11, -12  # slots of prose; adverb and time follow
 KNOWN, METHOD, TEST = 0, 1, 2
 HELD_OUT_STATEMENT, HELD_OUT_QUESTION = 3, 2  # template index, in no training
 NUM_RELATIONS, NUM_VALUES = len(words.RELATIONS), 64
@@ -121,7 +122,7 @@ def make_world(seed: int = 0, width: int = 24) -> World:
       values[r, :, 0] = find(words.VALUE_SETS[relation.values])
   names = np.stack([find(words.FIRST_NAMES), find(words.LAST_NAMES)])
   split, known, method, test = _split_people(seed)
-  letters = dict(zip("ANVDT", range(-10, -15, -1), strict=True))
+  letters = dict(zip("ANVDT", range(ADJECTIVE, -15, -1), strict=True))
   prose = []
   for text in words.PROSE:
     ids = [letters.get(w) or vocabulary.word_id(vocab, w) for w in text.split()]
@@ -175,55 +176,85 @@ def members(world: World, which: int) -> Int[Array, "P 2"]:
   return (world.known, world.method, world.test)[which]
 
 
+def uniforms(
+  rng: Key[Array, ""], *shapes: tuple[int, ...]
+) -> tuple[Float[Array, "..."], ...]:
+  """Draw uniform numbers in [0, 1) of several shapes by one random call.
+
+  A draw needs a dozen of them, and XLA's compile time grows with the number
+  of random calls, not with their size.
+  """
+  sizes = [int(np.prod(shape)) for shape in shapes]
+  flat = jax.random.uniform(rng, (sum(sizes),))
+  pieces = jnp.split(flat, np.cumsum(sizes)[:-1])
+  return tuple(p.reshape(s) for p, s in zip(pieces, shapes, strict=True))
+
+
+def integers(uniform: Float[Array, "*n"], high: int) -> Int[Array, "*n"]:
+  """Turn uniform numbers into integers 0 .. high - 1 (high below 2**16)."""
+  return jnp.minimum((uniform * high).astype(jnp.int32), high - 1)
+
+
 def draw_people(
-  world: World, num: int, *, which: int, rng: Key[Array, ""]
-) -> Int[Array, "{num} 2"]:
+  world: World,
+  uniform: Float[Array, "num"],
+  side: Float[Array, "num"],
+  noise: Float[Array, "num 128"],
+  *,
+  which: int,
+) -> Int[Array, "num 2"]:
   """Draw people of a split; every second shares a name part with the one before.
 
-  Returns name indices. Source: hard distractors, so that one name part alone
-  never identifies a person.
+  Source: hard distractors, so that one name part alone never identifies a
+  person.
+
+  Args:
+    uniform, side, noise: uniform numbers that decide who, which part is
+      shared, and with which other part.
+    which: KNOWN, METHOD or TEST.
+
+  Returns: name indices. A person with no such twin keeps a random neighbour.
   """
-  rng_all, rng_side, rng_pick = jax.random.split(rng, 3)
   everyone = members(world, which)
-  pick = jax.random.randint(rng_all, (num,), 0, everyone.shape[0])
-  people = everyone[pick]
-  sides = jax.random.bernoulli(rng_side, shape=(num,))
+  people = everyone[integers(uniform, everyone.shape[0])]
 
-  def share(person, own, side, rng):
-    allowed = jnp.where(side, world.split[person[0]], world.split[:, person[1]])
-    same = jnp.arange(allowed.shape[0]) == jnp.where(side, person[1], person[0])
-    logits = jnp.where((allowed == which) & ~same, 0.0, -1e9)
-    new = jax.random.categorical(rng, logits)
-    # A known name part may have no second person: then keep the random one.
-    twin = jnp.where(
-      side, jnp.stack([person[0], new]), jnp.stack([new, person[1]])
+  def share(person, own, first, noise):
+    allowed = jnp.where(
+      first, world.split[person[0]], world.split[:, person[1]]
     )
-    return jnp.where(jnp.any(logits == 0.0), twin, own)
+    taken = jnp.arange(noise.shape[0]) == jnp.where(first, *person[::-1])
+    free = (allowed == which) & ~taken
+    new = jnp.argmax(jnp.where(free, noise, -1.0)).astype(jnp.int32)
+    twin = jnp.where(
+      first, jnp.stack([person[0], new]), jnp.stack([new, person[1]])
+    )
+    return jnp.where(jnp.any(free), twin, own)
 
-  twins = jax.vmap(share)(
-    jnp.roll(people, 1, axis=0), people, sides, jax.random.split(rng_pick, num)
-  )
-  odd = (jnp.arange(num) % 2 == 1)[:, None]
+  before = jnp.roll(people, 1, axis=0)
+  twins = jax.vmap(share)(before, people, side < 0.5, noise)
+  odd = (jnp.arange(people.shape[0]) % 2 == 1)[:, None]
   return jnp.where(odd, twins, people)
 
 
 def draw_values(
   world: World,
   relations: Int[Array, "F"],
-  num: int,
+  noise: Float[Array, "F 64"],
+  person: Float[Array, "F num"],
   *,
   which: int,
-  rng: Key[Array, ""],
-) -> Int[Array, "{num} F 2"]:
-  """Draw a value of each relation for `num` people, different among them."""
-  rng_value, rng_person = jax.random.split(rng)
-  num_facts = relations.shape[0]
-  noise = jax.random.uniform(rng_value, (num_facts, NUM_VALUES))
-  order = jnp.argsort(noise, axis=1)[:, :num]
+) -> Int[Array, "num F 2"]:
+  """Draw a value of each relation for people, different among them.
+
+  Args:
+    noise: uniform numbers that order the 64 values of each relation.
+    person: uniform numbers that draw a person where that is the value.
+    which: split that a person as a value is of.
+  """
+  order = jnp.argsort(noise, axis=1)[:, : person.shape[1]]
   plain = world.values[relations[:, None], order]
   everyone = members(world, which)
-  pick = jax.random.randint(rng_person, (num_facts, num), 0, everyone.shape[0])
-  people = person_ids(world, everyone[pick])
+  people = person_ids(world, everyone[integers(person, everyone.shape[0])])
   values = jnp.where(world.of_person[relations][:, None, None], people, plain)
   return jnp.swapaxes(values, 0, 1)
 
