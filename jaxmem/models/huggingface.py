@@ -8,7 +8,6 @@ from a checkpoint.
 
 import functools
 import gc
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.experimental import multihost_utils
 
 from jaxmem.models import checkpoint_names, encoder_decoder_config, tensor_files
 from jaxmem.models import config as decoder_config
 from jaxmem.models.checkpoint_names import Config, Leaf
+from jaxmem.models.fingerprint import to_host
 from jaxmem.models.tensor_files import Tensor
 
 Params = dict[str, Any]
@@ -41,7 +40,7 @@ TOKENIZER_FILES = (
 )
 
 
-def _directory(path_or_hub_id: str | Path) -> Path:
+def _directory(path_or_hub_id: str | Path, weights: bool = False) -> Path:
   """Local directory of a checkpoint; asks the hub only for what is not one."""
   path = Path(path_or_hub_id).expanduser()
   if path.is_dir():
@@ -51,10 +50,9 @@ def _directory(path_or_hub_id: str | Path) -> Path:
     raise ValueError(
       f"{name!r}: no such directory, and not a hub id such as 'owner/name'"
     )
+  patterns = ["*.json"] + ["model*.safetensors"] * weights
   try:
-    found = huggingface_hub.snapshot_download(
-      name, allow_patterns=["*.json", "model*.safetensors"]
-    )
+    found = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
   except (OSError, ValueError) as error:
     raise ValueError(
       f"{name!r} is no local directory, and the hub did not give it "
@@ -105,7 +103,7 @@ def load(
       missing, unknown or misshapen (all listed), or a tokenizer with more
       tokens than the model has rows.
   """
-  directory = _directory(path_or_hub_id)
+  directory = _directory(path_or_hub_id, weights=True)
   config = load_config(directory)
   if (directory / "tokenizer.json").is_file():
     _check_largest_id(config, _largest_stored_id(directory), directory)
@@ -134,8 +132,8 @@ def params_from_tensors(
     abstract[path] = jax.ShapeDtypeStruct(leaf.shape, kind)
   if callable(shardings):
     shardings = shardings(traverse_util.unflatten_dict(abstract))
-  placed = traverse_util.flatten_dict(shardings or {})
-  if shardings and placed.keys() != table.keys():
+  placed = {} if shardings is None else traverse_util.flatten_dict(shardings)
+  if shardings is not None and placed.keys() != table.keys():
     differing = sorted("/".join(p) for p in placed.keys() ^ table.keys())
     raise ValueError(
       f"shardings must have one leaf per parameter; these differ: {differing}"
@@ -330,27 +328,7 @@ def _fetch(leaf: Leaf, value, layer: int) -> np.ndarray:
     value = jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
   elif leaf.stacked:
     value = value[layer]
-  return _to_host(value).T if leaf.transposed else _to_host(value)
-
-
-def _to_host(value) -> np.ndarray:
-  if isinstance(value, jax.Array) and not value.is_fully_addressable:
-    return multihost_utils.process_allgather(value, tiled=True)
-  return np.asarray(value)
-
-
-def fingerprint(params: Any) -> str:
-  """Hash paths, dtypes, shapes and values of a tree of arrays.
-
-  The same whatever the sharding; one leaf at a time is brought to the host.
-  """
-  digest = hashlib.blake2b(digest_size=16)
-  for path, leaf in jax.tree.leaves_with_path(params):
-    host = np.ascontiguousarray(_to_host(leaf))
-    name = jax.tree_util.keystr(path)
-    digest.update(f"{name} {host.dtype} {host.shape}".encode())
-    digest.update(host.reshape(-1).view(np.uint8))
-  return digest.hexdigest()
+  return to_host(value).T if leaf.transposed else to_host(value)
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> Any:

@@ -189,6 +189,22 @@ def test_module_declares_the_shapes_of_the_table(config):
   assert out.hidden.shape == (1, 3, config.hidden_size)
 
 
+@pytest.mark.parametrize(
+  "sizes, gated, count",
+  [
+    ((32128, 512, 6, 6, 8, 64, 2048), False, 60_506_624),
+    ((32128, 512, 8, 8, 6, 64, 1024), True, 76_961_152),
+  ],
+  ids=["t5-small", "t5-v1_1-small"],
+)
+def test_published_sizes(sizes, gated, count):
+  config = encoder_decoder_config.EncoderDecoderConfig(
+    *sizes, gated=gated, tie_embeddings=not gated
+  )
+  shapes = encoder_decoder.parameter_shapes(config).values()
+  assert sum(np.prod(shape) for shape in shapes) == count
+
+
 def test_every_parameter_has_a_partition_rule():
   for path, shape in encoder_decoder.parameter_shapes(V1_1).items():
     name = "/".join(path)

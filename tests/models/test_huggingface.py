@@ -20,6 +20,7 @@ from jaxmem.models import (
   checkpoint_names,
   decoder,
   encoder_decoder,
+  fingerprint,
   huggingface,
   tensor_files,
 )
@@ -364,15 +365,20 @@ def test_what_is_neither_a_path_nor_on_the_hub(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match="no such directory, and not a hub id"):
     huggingface.load(tmp_path / "absent")
 
+  asked = []
+
   def offline(name, *, allow_patterns):
     assert name == "someone/model"
-    assert all("safetensors" in p or "json" in p for p in allow_patterns)
+    asked.append(allow_patterns)
     raise huggingface.huggingface_hub.errors.LocalEntryNotFoundError("offline")
 
   hub = huggingface.huggingface_hub
   monkeypatch.setattr(hub, "snapshot_download", offline)
   with pytest.raises(ValueError, match="hub did not give it.*Offline, give"):
     huggingface.load("someone/model")
+  with pytest.raises(ValueError, match="hub did not give it"):
+    huggingface.load_tokenizer("someone/model")
+  assert asked == [["*.json", "model*.safetensors"], ["*.json"]]
   complete = _saved(tmp_path / "complete")
   monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(complete))
   assert huggingface.load("someone/model")[0] == LLAMA
@@ -520,13 +526,13 @@ def test_fingerprint_follows_values_not_placement(tmp_path):
   params = _params(LLAMA)
   path = _saved(tmp_path)
   _, sharded = huggingface.load(path, shardings=_shardings(LLAMA, _mesh()))
-  same = huggingface.fingerprint(params)
-  assert huggingface.fingerprint(sharded) == same
+  same = fingerprint.fingerprint(params)
+  assert fingerprint.fingerprint(sharded) == same
   renamed = {"other": params}
   narrow = jax.tree.map(lambda x: x.astype(np.float16), params)
   params["norm"]["scale"][0] += 1e-3
   for other in (params, renamed, narrow):
-    assert huggingface.fingerprint(other) != same
+    assert fingerprint.fingerprint(other) != same
 
 
 LLAMA3 = {
