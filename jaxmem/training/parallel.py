@@ -105,9 +105,28 @@ def make_shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   return jax.tree.map(leaf, path_names(tree), tree)
 
 
+def put(tree: Any, shardings: Any) -> Any:
+  """Put arrays where the shardings say.
+
+  Among several processes each holds the same whole arrays and gives its
+  devices their parts; arrays that are global already must be in place.
+  """
+
+  def leaf(x, at):
+    if at.is_fully_addressable or getattr(x, "sharding", None) == at:
+      return jax.device_put(x, at)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+      words = leaf(jax.random.key_data(x), at)
+      return jax.random.wrap_key_data(words, impl=jax.random.key_impl(x))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, at, lambda index: host[index])
+
+  return jax.tree.map(leaf, tree, shardings)
+
+
 def shard(tree: Any, mesh: Mesh, rules: Rules) -> Any:
   """Put a tree of arrays where the rules say."""
-  return jax.device_put(tree, make_shardings(tree, mesh, rules))
+  return put(tree, make_shardings(tree, mesh, rules))
 
 
 def init_sharded(
@@ -223,6 +242,11 @@ def _num_rows(batch, leading):
   return jax.tree.leaves(batch)[0].shape[leading]
 
 
+def _first(metrics, count):
+  """The steps that were made; a full call costs no further program."""
+  return {k: v if len(v) == count else v[:count] for k, v in metrics.items()}
+
+
 def compile_step(
   step: Callable[..., tuple[Any, dict]],
   state: Any,
@@ -270,7 +294,7 @@ def compile_step(
       )
     placed = place(stacked, mesh, rows, leading=1)
     state, metrics = jitted(state, frozen, placed, rng, len(batches))
-    return state, {k: v[: len(batches)] for k, v in metrics.items()}
+    return state, _first(metrics, len(batches))
 
   def lower(state, frozen, batch, rng):
     stacked = jax.tree.map(
@@ -280,8 +304,8 @@ def compile_step(
 
   return Compiled(
     call,
-    lambda tree: jax.device_put(tree, state_at),
-    lambda tree: jax.device_put(tree, frozen_at),
+    lambda tree: put(tree, state_at),
+    lambda tree: put(tree, frozen_at),
     lower,
     steps_per_call,
   )
@@ -325,7 +349,7 @@ def compile_step_pmap(
     stacked = jax.tree.map(split, stack_batches(batches, steps_per_call))
     count = jnp.int32(len(batches))
     state, metrics = mapped(state, frozen, stacked, rng, count)
-    return state, {k: v[: len(batches)] for k, v in metrics.items()}
+    return state, _first(metrics, len(batches))
 
   def lower(state, frozen, batch, rng):
     stacked = jax.tree.map(
@@ -334,6 +358,16 @@ def compile_step_pmap(
     return mapped.lower(state, frozen, stacked, rng, jnp.int32(1))
 
   return Compiled(call, lambda t: t, lambda t: t, lower, steps_per_call)
+
+
+def compile_function(fn: Callable[..., Any], **jit: Any) -> Callable[..., Any]:
+  """Compile a function that is no train step: an evaluation, an initialiser.
+
+  The one door for the rest of the library, so that a reader finds every
+  compiled program here or in generation. Keep what it returns: each call of
+  `compile_function` compiles anew.
+  """
+  return jax.jit(fn, **jit)
 
 
 def _leaf_checksum(x):
