@@ -370,18 +370,6 @@ def compile_function(fn: Callable[..., Any], **jit: Any) -> Callable[..., Any]:
   return jax.jit(fn, **jit)
 
 
-def compile_pass(
-  fn: Callable[..., Any], mesh: Mesh | None = None
-) -> Callable[..., Any]:
-  """Compile a pure function of arrays, for evaluation; nothing is consumed.
-
-  Arguments stay where they are and host arrays go to every device. Results are
-  whole on every device of `mesh`, so that each process can read them.
-  """
-  whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-  return jax.jit(fn, out_shardings=whole)
-
-
 def _leaf_checksum(x):
   """Two 32-bit sums of a leaf's bits, weighted by odd functions of place."""
   size = x.dtype.itemsize
