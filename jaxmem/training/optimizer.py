@@ -61,20 +61,34 @@ def make_schedule(
     )
 
   def schedule(step):
-    step = jnp.asarray(step, jnp.float32)
-    warmup = step / max(warmup_steps, 1)
-    past = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    past = jnp.clip(past, 0.0, 1.0)
-    if kind == "constant":
-      decay = jnp.ones_like(past)
-    elif kind == "linear":
-      decay = 1.0 - (1.0 - end_ratio) * past
-    else:
-      decay = (1.0 + jnp.cos(math.pi * past)) / 2.0
-      decay = end_ratio + (1.0 - end_ratio) * decay
-    return rate * jnp.where(step < warmup_steps, warmup, decay)
+    return rate_at(
+      kind,
+      step,
+      rate,
+      warmup_steps=warmup_steps,
+      total_steps=total_steps,
+      end_ratio=end_ratio,
+    )
 
   return schedule
+
+
+def rate_at(
+  kind: str, step, rate, *, warmup_steps, total_steps, end_ratio=0.0
+) -> jax.Array:
+  """Learning rate of one update; all but `kind` may be traced values."""
+  step = jnp.asarray(step, jnp.float32)
+  warmup = step / jnp.maximum(warmup_steps, 1)
+  past = (step - warmup_steps) / jnp.maximum(total_steps - warmup_steps, 1)
+  past = jnp.clip(past, 0.0, 1.0)
+  if kind == "constant":
+    decay = jnp.ones_like(past)
+  elif kind == "linear":
+    decay = 1.0 - (1.0 - end_ratio) * past
+  else:
+    decay = (1.0 + jnp.cos(math.pi * past)) / 2.0
+    decay = end_ratio + (1.0 - end_ratio) * decay
+  return rate * jnp.where(step < warmup_steps, warmup, decay)
 
 
 def path_names(tree: Any) -> Any:
@@ -172,3 +186,66 @@ def adamw(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     _decay_and_rate(schedule, weight_decay, tuple(groups)),
   )
+
+
+class Pace(NamedTuple):
+  """A schedule as values of the state, so that runs share one program."""
+
+  count: jax.Array  # int32 [], updates made
+  rate: jax.Array  # float32 [], the highest
+  warmup_steps: jax.Array  # int32 []
+  total_steps: jax.Array  # int32 []
+
+
+def follow_pace(kind: str) -> optax.GradientTransformation:
+  """Multiply updates by the rate of the `Pace` in the state.
+
+  Put after `adamw(1.0, ..)` it is that optimiser with `make_schedule`. Its
+  state starts with rate 0: give it a pace by `set_pace`.
+
+  Raises:
+    ValueError: an unknown kind.
+  """
+  if kind not in SCHEDULES:
+    raise ValueError(f"schedule {kind!r} is not one of {', '.join(SCHEDULES)}")
+
+  def init(params):
+    count = jnp.zeros((), jnp.int32)
+    return Pace(count, jnp.zeros((), jnp.float32), count, count)
+
+  def update(updates, pace, params=None):
+    rate = rate_at(
+      kind,
+      pace.count,
+      pace.rate,
+      warmup_steps=pace.warmup_steps,
+      total_steps=pace.total_steps,
+    )
+    updates = jax.tree.map(lambda u: rate * u, updates)
+    return updates, pace._replace(count=pace.count + 1)
+
+  return optax.GradientTransformation(init, update)
+
+
+def set_pace(
+  opt_state: Any, rate: Number, *, warmup_steps: int, total_steps: int
+) -> Any:
+  """Fill in the schedule of an optimiser that ends in `follow_pace`.
+
+  Raises:
+    ValueError: the state holds no pace, or the values are out of range.
+  """
+  make_schedule(
+    "constant", rate, total_steps=total_steps, warmup_steps=warmup_steps
+  )
+  is_pace = lambda leaf: isinstance(leaf, Pace)
+  if not any(map(is_pace, jax.tree.leaves(opt_state, is_leaf=is_pace))):
+    raise ValueError("this optimiser has no pace to set: end it in follow_pace")
+
+  def fill(leaf):
+    if not is_pace(leaf):
+      return leaf
+    steps = (jnp.int32(warmup_steps), jnp.int32(total_steps))
+    return Pace(leaf.count, jnp.float32(rate), *steps)
+
+  return jax.tree.map(fill, opt_state, is_leaf=is_pace)

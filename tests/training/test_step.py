@@ -58,7 +58,7 @@ def test_one_mean_over_microbatches_of_one_and_nine_targets():
     )
     return loss_sum / aux.count
 
-  grads = jax.grad(mean)(toy.params())
+  grads = jax.jit(jax.grad(mean))(toy.params())
   want = jax.tree.map(lambda p, g: p - 0.1 * g, toy.params(), grads)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import threading
+import time
 
 import jax
 
@@ -13,15 +14,18 @@ from jaxmem.training.logging import Logger
 from tests.training import toy
 
 
-def end_at(how, number):
+def end_at(how, number, rows):
   """Wrap `batch_at` or `checkpoint.save` with the order to die."""
   save = checkpoint.save
 
   def batch_at(at):
-    if at == number and how in ("kill", "term"):
+    last = jax.process_index() == jax.process_count() - 1
+    if at == number and last and how in ("kill", "term"):
       name = signal.SIGKILL if how == "kill" else signal.SIGTERM
       os.kill(os.getpid(), name)
-    return toy.batch_at(at)
+    if jax.process_count() > 1 and how:
+      time.sleep(0.1)  # the notice goes round in the background
+    return jax.tree.map(lambda x: x[rows], toy.batch_at(at))
 
   def killed_save(root, state, **kwargs):
     if int(state.step) >= number:
@@ -38,14 +42,17 @@ def run(config, workdir, stop):
   if config.train.steps < 1:
     raise ValueError(f"train.steps must be at least 1: {config.train.steps}")
   how, _, number = config.die.partition(" ")
-  batch_at = end_at(how, int(number or -1))
+  processes = jax.process_count()
+  mesh = parallel.make_mesh(processes, devices=jax.devices()[:processes])
+  rows = parallel.local_rows(mesh, 8)
+  batch_at = end_at(how, int(number or -1), rows)
   tx = optimizer.adamw(1e-2)
   state = step.init_state(toy.params(config.seed), tx)
   compiled = parallel.compile_step(
     step.make_train_step(toy.loss_fn, tx),
     state,
     toy.frozen(),
-    mesh=parallel.make_mesh(1, devices=jax.devices()[:1]),
+    mesh=mesh,
     steps_per_call=config.train.steps_per_call,
   )
   stream = loop.Stream(batch_at)
