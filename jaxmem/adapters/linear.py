@@ -42,13 +42,20 @@ def linear(
     ValueError: unknown adapter entries, an index whose shape is no prefix of
       x's, several adapters without an index, or dropout outside [0, 1).
   """
-  y = jnp.einsum("...i,io->...o", x, weights["kernel"].astype(x.dtype))
+  y = _product(x, weights["kernel"].astype(x.dtype))
   if "bias" in weights:
     bias = weights["bias"].astype(x.dtype)
     y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
   if adapter is None:
     return y
   return y + _low_rank(x, adapter, index, rng, dropout)
+
+
+def _product(x, kernel):
+  # Rows as one axis: the gradient of the kernel is then one plain product,
+  # where more axes make XLA transpose the whole stream first.
+  flat = x.reshape((-1, x.shape[-1])) if x.ndim > 2 else x
+  return (flat @ kernel).reshape(x.shape[:-1] + kernel.shape[-1:])
 
 
 def _low_rank(x, adapter, index, rng, dropout):
@@ -74,7 +81,7 @@ def _low_rank(x, adapter, index, rng, dropout):
       raise ValueError(
         f"the tree holds {n} adapters: give adapter_index (0 = none, 1..{n})"
       )
-    return ((x @ down[0]) * scale[0]) @ up[0]
+    return _product(_product(x, down[0]) * scale[0], up[0])
   lead = x.shape[:-1]
   if index.shape != lead[: index.ndim]:
     raise ValueError(

@@ -13,6 +13,7 @@ eq. 1) with grouped queries (arXiv:2305.13245); the blockwise path follows the
 online softmax of arXiv:2205.14135, algorithms 1 and 4.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,7 +77,7 @@ def attention(
     rows = sum(part.key.shape[-3] for part in parts)
     if b * n * t * rows <= PLAIN_LIMIT:
       return _plain(
-        query, parts, query_positions, query_segments, window, scale
+        query, tuple(parts), query_positions, query_segments, window, scale
       )
     block = blockwise.BLOCK
   return blockwise.attention(
@@ -98,40 +99,56 @@ def _check(query, parts, query_segments):
       raise ValueError("a part has segments: give query_segments too")
 
 
+@functools.partial(jax.checkpoint, static_argnums=(5,))
 def _plain(query, parts, query_positions, query_segments, window, scale):
-  """All scores at once; gradients by autodiff."""
+  """All scores at once.
+
+  The backward pass computes the scores anew: on the CPU that is faster than
+  writing them to memory and reading them back, and it needs less of it.
+  """
   b, t, n, h = query.shape
   kv_heads = parts[0].key.shape[-2]
-  query = (query * scale).reshape(b, t, kv_heads, n // kv_heads, h)
+  grouped = (query * scale).reshape(b, t, kv_heads, n // kv_heads, h)
+  # Heads first, and the queries of a group as one axis X = (G, T): every
+  # product below, and every one of its gradients, is then a plain batched one.
+  grouped = grouped.transpose(0, 2, 3, 1, 4).reshape(b, kv_heads, -1, h)
   scores = []
   for part in parts:
-    shared = "" if part.key.ndim == 3 else "B"
-    s = jnp.einsum(
-      f"BTKGH,{shared}SKH->BKGTS",
-      query,
-      part.key,
-      preferred_element_type=jnp.float32,
-    )
+    s = _product(grouped, part.key, "BKXH", "SKH", "BKXS")
     mask = blockwise.visible(part, query_positions, query_segments, window)
     if mask is not None:
-      s = jnp.where(mask[:, None, None], s, blockwise.MASKED)
+      shape = s.shape
+      s = s.reshape(b, kv_heads, n // kv_heads, t, -1)
+      s = jnp.where(mask[:, None, None], s, blockwise.MASKED).reshape(shape)
     scores.append(s)
   # The softmax does not depend on the shift, so neither does the gradient.
-  top = scores[0].max(axis=-1, keepdims=True)
-  for s in scores[1:]:
-    top = jnp.maximum(top, s.max(axis=-1, keepdims=True))
-  top = jax.lax.stop_gradient(jnp.maximum(top, blockwise.FLOOR))
-  total, out = 0.0, 0.0
-  for part, s in zip(parts, scores, strict=True):
-    weights = jnp.exp(s - top)
-    shared = "" if part.value.ndim == 3 else "B"
-    total = total + weights.sum(axis=-1)
-    out = out + jnp.einsum(
-      f"BKGTS,{shared}SKH->BTKGH",
-      weights.astype(query.dtype),
-      part.value,
-      preferred_element_type=jnp.float32,
-    )
+  tops = [s.max(axis=-1, keepdims=True) for s in scores]
+  top = functools.reduce(jnp.maximum, tops, jnp.float32(blockwise.FLOOR))
+  exps = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scores]
+  total = sum(e.sum(axis=-1, keepdims=True) for e in exps)
   total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
-  out = out / total.transpose(0, 3, 1, 2)[..., None]
-  return out.astype(query.dtype).reshape(b, t, n, h)
+  out = sum(
+    _product((e / total).astype(query.dtype), part.value, "BKXS", "SKH", "BKXH")
+    for part, e in zip(parts, exps, strict=True)
+  )
+  out = out.astype(query.dtype).reshape(b, kv_heads, n // kv_heads, t, h)
+  return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def _product(left, right, left_axes, right_axes, out_axes):
+  """Einsum into float32; `right` [S, K, H] may lead with a batch axis.
+
+  With one, the operands are put in the order of the batched product, which
+  einsum would choose otherwise (and then transposes the wide array).
+  """
+  if right.ndim == 3:
+    spec = f"{left_axes},{right_axes}->{out_axes}"
+    return jnp.einsum(spec, left, right, preferred_element_type=jnp.float32)
+  right = right.transpose(0, 2, 1, 3)  # [B, K, S, H]
+  contract = 3 if left_axes.endswith("H") else 2
+  return jax.lax.dot_general(
+    left,
+    right,
+    (((3,), (contract,)), ((0, 1), (0, 1))),
+    preferred_element_type=jnp.float32,
+  )

@@ -4,6 +4,7 @@ Axes as in `models/decoder.py`.  A layer's parameters come without the layer
 axis, as a scan over the stacked tree hands them out.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,12 +81,22 @@ def norm(
   config: ModelConfig, weights: dict[str, jax.Array], x: jax.Array
 ) -> jax.Array:
   """Normalise the last axis in float32: LayerNorm with a bias, else RMSNorm."""
+  return _norm(weights, x, config.norm_eps)
+
+
+# Of cheap maps only the input is kept for the backward pass: to write the
+# float32 steps between to memory costs more than to compute them again.
+_cheap = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@functools.partial(_cheap, static_argnums=(2,))
+def _norm(weights, x, eps):
   shape = (1,) * (x.ndim - 1) + (x.shape[-1],)
   y = x.astype(jnp.float32)
   if "bias" in weights:
     y = y - y.mean(axis=-1, keepdims=True)
   power = jnp.square(y).mean(axis=-1, keepdims=True)
-  y = y * jax.lax.rsqrt(power + config.norm_eps)
+  y = y * jax.lax.rsqrt(power + eps)
   y = y * weights["scale"].astype(jnp.float32).reshape(shape)
   if "bias" in weights:
     y = y + weights["bias"].astype(jnp.float32).reshape(shape)
@@ -324,10 +335,6 @@ def _new_rows(key, value, rows, retrieved):
   )
 
 
-def _activate(config, x):
-  return _ACTIVATIONS[config.activation](x)
-
-
 _ACTIVATIONS = {
   "silu": jax.nn.silu,
   "relu": jax.nn.relu,
@@ -337,11 +344,18 @@ _ACTIVATIONS = {
 }
 
 
+@functools.partial(_cheap, static_argnums=(2,))
+def _activate(x, factor, name):
+  x = _ACTIVATIONS[name](x)
+  return x if factor is None else x * factor
+
+
 def _mlp(config, maps, x):
   if config.family == "gpt2":
-    return maps(_activate(config, maps(x, "mlp", "c_fc")), "mlp", "c_proj")
+    inner = _activate(maps(x, "mlp", "c_fc"), None, config.activation)
+    return maps(inner, "mlp", "c_proj")
   if config.family == "phi3":
     gate, up = jnp.split(maps(x, "mlp", "gate_up_proj"), 2, axis=-1)
   else:
     gate, up = maps(x, "mlp", "gate_proj"), maps(x, "mlp", "up_proj")
-  return maps(_activate(config, gate) * up, "mlp", "down_proj")
+  return maps(_activate(gate, up, config.activation), "mlp", "down_proj")

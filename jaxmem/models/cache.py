@@ -56,8 +56,8 @@ def store(
   rows, capacity = key.shape[1], cache.key.shape[2]
   if rows > capacity:
     raise ValueError(
-      f"cannot write {rows} rows into a cache of {capacity} slots; make it with "
-      "a larger capacity"
+      f"cannot write {rows} rows into a cache of {capacity} slots; make it "
+      "with a larger capacity"
     )
   new = (key, value, valid, positions)
   stored = []

@@ -9,12 +9,13 @@ ignored.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxmem.models import rope_scaling
+from jaxmem.models.rope_scaling import RopeScaling, require
+
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gpt2")
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 _ARCHITECTURES = {
@@ -38,28 +39,8 @@ _SLIDING_WINDOW = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}
 
 
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How rotary frequencies differ from the plain ones; see `models/rope.py`.
-
-  Only the fields that the kind uses are set; the others keep their defaults.
-  """
-
-  kind: str  # one of ROPE_KINDS but "default"
-  factor: float = 1.0
-  original_max_positions: int | None = None  # tokens, before the extension
-  low_freq_factor: float = 1.0  # llama3
-  high_freq_factor: float = 4.0  # llama3
-  beta_fast: float = 32.0  # yarn
-  beta_slow: float = 1.0  # yarn
-  truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
-  attention_factor: float = 1.0  # yarn, longrope: scales cos and sin
-  long_factor: tuple[float, ...] = ()  # longrope, one per frequency
-  short_factor: tuple[float, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Everything static about a decoder; hashable, so usable as a static argument.
+  """Everything static about a decoder; hashable: a static argument of jit.
 
   Raises:
     ValueError: on values no decoder can have (naming the field).
@@ -140,12 +121,6 @@ def _unknown_family(given) -> str:
   )
 
 
-def _require(hf: Mapping[str, Any], key: str) -> Any:
-  if hf.get(key) is None:
-    raise ValueError(f"config.json lacks {key!r}, which has no default")
-  return hf[key]
-
-
 def _token_ids(hf: Mapping[str, Any]) -> dict[str, Any]:
   eos = hf.get("eos_token_id")
   if eos is None:
@@ -160,7 +135,7 @@ def _token_ids(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_gpt2(hf: Mapping[str, Any]) -> ModelConfig:
-  hidden, heads = _require(hf, "n_embd"), _require(hf, "n_head")
+  hidden, heads = require(hf, "n_embd"), require(hf, "n_head")
   for key in ("scale_attn_by_inverse_layer_idx", "add_cross_attention"):
     if hf.get(key):
       raise ValueError(f"gpt2 with {key}=true is not supported; set it false")
@@ -168,9 +143,9 @@ def _from_gpt2(hf: Mapping[str, Any]) -> ModelConfig:
     raise ValueError("gpt2 needs scale_attn_weights=true")
   return ModelConfig(
     family="gpt2",
-    vocab_size=_require(hf, "vocab_size"),
+    vocab_size=require(hf, "vocab_size"),
     hidden_size=hidden,
-    num_layers=_require(hf, "n_layer"),
+    num_layers=require(hf, "n_layer"),
     num_heads=heads,
     num_kv_heads=heads,
     head_dim=hidden // heads,
@@ -187,9 +162,9 @@ def _from_gpt2(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _from_llama_like(hf: Mapping[str, Any], family: str) -> ModelConfig:
-  hidden = _require(hf, "hidden_size")
-  heads = _require(hf, "num_attention_heads")
-  layers = _require(hf, "num_hidden_layers")
+  hidden = require(hf, "hidden_size")
+  heads = require(hf, "num_attention_heads")
+  layers = require(hf, "num_hidden_layers")
   head_dim = hf.get("head_dim")
   if head_dim is None:  # an absent key differs from null in one family
     absent = "head_dim" not in hf
@@ -208,17 +183,17 @@ def _from_llama_like(hf: Mapping[str, Any], family: str) -> ModelConfig:
   bias = bool(hf.get("attention_bias", False))
   return ModelConfig(
     family=family,
-    vocab_size=_require(hf, "vocab_size"),
+    vocab_size=require(hf, "vocab_size"),
     hidden_size=hidden,
     num_layers=layers,
     num_heads=heads,
     num_kv_heads=hf.get("num_key_value_heads") or heads,
     head_dim=head_dim,
-    mlp_size=_require(hf, "intermediate_size"),
+    mlp_size=require(hf, "intermediate_size"),
     norm_eps=hf.get("rms_norm_eps", _NORM_EPS.get(family, 1e-6)),
     activation=hf.get("hidden_act", "silu"),
     rope_theta=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
-    rope_scaling=_rope_scaling(hf, rope, family, positions),
+    rope_scaling=rope_scaling.from_hf(hf, rope, positions),
     partial_rotary_factor=1.0 if partial is None else float(partial),
     sliding_window=window,
     layer_windows=windows,
@@ -256,75 +231,6 @@ def _windows(hf, family, layers):
   return (window if any(windows) else None), windows
 
 
-def _rope_scaling(hf, rope, family, positions) -> RopeScaling | None:
-  kind = rope.get("rope_type") or rope.get("type") or "default"
-  if family == "phi3" and kind in ("su", "yarn"):
-    kind = "longrope"  # how the first files of this family named it
-  if kind not in ROPE_KINDS:
-    raise ValueError(
-      f"rope type {kind!r} is not supported; known: {', '.join(ROPE_KINDS)}"
-    )
-  if kind == "default":
-    return None
-  original = rope.get("original_max_position_embeddings")
-  if hf.get("original_max_position_embeddings") and kind != "dynamic":
-    original = hf["original_max_position_embeddings"]
-  original = original or positions
-  if kind == "longrope":
-    half = {}
-    for key in ("long_factor", "short_factor"):
-      half[key] = tuple(float(value) for value in _require(rope, key))
-    factor = rope.get("factor") or positions / original
-    attention = rope.get("attention_factor")
-    if attention is None:
-      attention = _longrope_attention(factor, original)
-    return RopeScaling(
-      kind, float(factor), original, **half, attention_factor=float(attention)
-    )
-  if kind == "yarn":
-    factor = rope.get("factor") or positions / original
-    return RopeScaling(
-      kind,
-      float(factor),
-      original,
-      beta_fast=float(rope.get("beta_fast") or 32),
-      beta_slow=float(rope.get("beta_slow") or 1),
-      truncate=bool(rope.get("truncate", True)),
-      attention_factor=_yarn_attention(rope, factor),
-    )
-  factor = float(_require(rope, "factor"))
-  if kind == "llama3":
-    low, high = (
-      _require(rope, f"{end}_freq_factor") for end in ("low", "high")
-    )
-    if low == high:
-      raise ValueError(
-        f"low_freq_factor and high_freq_factor are both {low}; they must differ"
-      )
-    return RopeScaling(kind, factor, original, float(low), float(high))
-  return RopeScaling(kind, factor, positions)  # linear, dynamic
-
-
-def _longrope_attention(factor: float, original: int) -> float:
-  if factor <= 1:
-    return 1.0
-  return math.sqrt(1 + math.log(factor) / math.log(original))
-
-
-def _yarn_attention(rope, factor: float) -> float:
-  given = rope.get("attention_factor")
-  if given is not None:
-    return float(given)
-
-  def scale(weight):
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-  weight, weight_all = rope.get("mscale"), rope.get("mscale_all_dim")
-  if weight and weight_all:
-    return scale(weight) / scale(weight_all)
-  return scale(1.0)
-
-
 def to_hf(config: ModelConfig) -> dict[str, Any]:
   """Write the `config.json` of `config`, so that `from_hf` gives it back."""
   eos = config.eos_token_ids
@@ -359,7 +265,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     "max_position_embeddings": config.max_positions,
     "rms_norm_eps": config.norm_eps,
     "rope_theta": config.rope_theta,
-    "rope_scaling": _rope_to_hf(config.rope_scaling),
+    "rope_scaling": rope_scaling.to_hf(config.rope_scaling),
   }
   if config.family in _BIASED:
     out["attention_bias"] = config.output_bias
@@ -382,24 +288,4 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     out["original_max_position_embeddings"] = (
       scaling.original_max_positions if scaling else config.max_positions
     )
-  return out
-
-
-def _rope_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
-  if scaling is None:
-    return None
-  out: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
-  if scaling.kind in ("llama3", "yarn", "longrope"):
-    out["original_max_position_embeddings"] = scaling.original_max_positions
-  if scaling.kind == "llama3":
-    out["low_freq_factor"] = scaling.low_freq_factor
-    out["high_freq_factor"] = scaling.high_freq_factor
-  if scaling.kind in ("yarn", "longrope"):
-    out["attention_factor"] = scaling.attention_factor
-  if scaling.kind == "yarn":
-    out["beta_fast"], out["beta_slow"] = scaling.beta_fast, scaling.beta_slow
-    out["truncate"] = scaling.truncate
-  if scaling.kind == "longrope":
-    out["long_factor"] = list(scaling.long_factor)
-    out["short_factor"] = list(scaling.short_factor)
   return out

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxmem.models import checks
 from jaxmem.models.block import (
   BlockOutput,
-  Layout,
   LayerTrace,
+  Layout,
   Prefix,
   block,
   key_value,
@@ -144,15 +144,17 @@ def logits(
   """
   if config.tie_embeddings:
     name = "wte" if config.family == "gpt2" else "embed_tokens"
-    weights, spec = frozen[name]["embedding"], "...D,VD->...V"
+    weights, axis = frozen[name]["embedding"], 1
   else:
-    weights, spec = frozen["lm_head"]["kernel"], "...D,DV->...V"
-  return jnp.einsum(
-    spec,
-    hidden,
+    weights, axis = frozen["lm_head"]["kernel"], 0
+  rows = hidden.reshape((-1, hidden.shape[-1]))  # as in adapters.linear
+  scores = jax.lax.dot_general(
+    rows,
     weights.astype(hidden.dtype),
+    (((1,), (axis,)), ((), ())),
     preferred_element_type=jnp.float32,
   )
+  return scores.reshape(hidden.shape[:-1] + (config.vocab_size,))
 
 
 def run_layers(

@@ -11,9 +11,10 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
-from jaxmem.models.config import ModelConfig, RopeScaling
+from jaxmem.models.config import ModelConfig
+from jaxmem.models.rope_scaling import RopeScaling
 
 
 def frequencies(
