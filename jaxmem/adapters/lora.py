@@ -1,90 +1,128 @@
-"""LoRA: low-rank updates as a tree beside the frozen weights.
+"""Low-rank adapters as a tree beside the frozen one: make, mark, merge.
 
-Source: Hu et al., arXiv 2106.09685: W = W_ref + (alpha / r) B A, A drawn at
-random, B zero, so that the adapted model starts as the base.
+Source: LoRA (arXiv:2106.09685) section 4.1.  The tree follows the checkpoint's
+projections; its leaves lead with the layers and then with the n adapters that
+live side by side (`adapters.linear` says how one is chosen).
 """
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-ALL_LINEAR = r"_proj$|c_attn$|c_fc$"  # every linear map of a layer
-
 
 def init(
-  rng: jax.Array,
   layers: Mapping[str, Any],
-  *,
+  targets: Sequence[str],
   rank: int,
-  alpha: float | int,
-  targets: str = ALL_LINEAR,
+  *,
+  alpha: float,
+  rng: jax.Array,
+  number: int = 1,
+  dtype=jnp.float32,
 ) -> dict[str, Any]:
-  """Make one adapter for the linear maps that `targets` finds.
+  """Draw adapters that change nothing yet.
+
+  A is uniform in +-1/sqrt(in) and B is zero, as published adapters start.
 
   Args:
-    rng: key; consumed once.
-    layers: stacked layer weights, group -> projection -> {"kernel": [L, in,
-      out], ..}; shapes are enough.
-    rank: A, at least 1.
-    alpha: of the scale alpha / rank.
-    targets: searched in `group/projection`.
+    layers: the stacked per-layer weights, arrays or abstract; only the shapes
+      of their kernels [L, in, out] are read.
+    targets: names of projections ("q_proj"), each adapted wherever it occurs.
+    rank: A, columns of the low-rank term.
+    alpha: the term is scaled by alpha / rank.
+    rng: consumed once.
+    number: n adapters side by side.
 
-  Returns: float32 leaves `lora_A [L, 1, in, A]` (uniform as PyTorch draws
-    it), `lora_B [L, 1, A, out]` (zero), `scale [L, 1]`.
+  Returns: {group: {name: {"lora_A" [L, n, in, A], "lora_B" [L, n, A, out],
+    "scale" [L, n]}}}.
 
   Raises:
-    ValueError: rank below 1, or targets that find no linear map.
+    ValueError: a target that no layer has, or a rank or number below 1.
   """
-  if rank < 1:
-    raise ValueError(f"LoRA rank is {rank}; it must be at least 1")
-  names = [
-    (group, name)
-    for group in sorted(layers)
-    for name in sorted(layers[group])
-    if isinstance(layers[group][name], Mapping)
-    and "kernel" in layers[group][name]
-  ]
-  found = [pair for pair in names if re.search(targets, "/".join(pair))]
-  if not found:
-    known = ", ".join("/".join(pair) for pair in names)
-    raise ValueError(f"LoRA targets {targets!r} find none of {known}")
+  if rank < 1 or number < 1:
+    raise ValueError(f"rank={rank} and number={number} must be at least 1")
+  kernels = {
+    (group, name): weights["kernel"].shape
+    for group, names in layers.items()
+    for name, weights in names.items()
+    if isinstance(weights, Mapping) and "kernel" in weights
+  }
+  known = sorted({name for _, name in kernels})
+  unknown = sorted(set(targets) - set(known))
+  if unknown or not targets:
+    raise ValueError(
+      f"adapter targets {list(targets)} are not all projections of this model; "
+      f"known: {known}"
+    )
   tree: dict[str, Any] = {}
-  for key, (group, name) in zip(
-    jax.random.split(rng, len(found)), found, strict=True
-  ):
-    depth, size, out = layers[group][name]["kernel"].shape
-    bound = 1 / math.sqrt(size)
+  for index, ((group, name), shape) in enumerate(sorted(kernels.items())):
+    if name not in targets:
+      continue
+    depth, width, out = shape
+    limit = 1 / math.sqrt(width)
     tree.setdefault(group, {})[name] = {
       "lora_A": jax.random.uniform(
-        key, (depth, 1, size, rank), jnp.float32, -bound, bound
+        jax.random.fold_in(rng, index),
+        (depth, number, width, rank),
+        dtype,
+        -limit,
+        limit,
       ),
-      "lora_B": jnp.zeros((depth, 1, rank, out), jnp.float32),
-      "scale": jnp.full((depth, 1), alpha / rank, jnp.float32),
+      "lora_B": jnp.zeros((depth, number, rank, out), dtype),
+      "scale": jnp.full((depth, number), alpha / rank, dtype),
     }
   return tree
 
 
+def trainable(adapters: Mapping[str, Any]) -> dict[str, Any]:
+  """Return a tree of bools like `adapters`: False at `scale` and `mask`.
+
+  These get no gradient, yet weight decay would still shrink them: leave them
+  out of the optimiser.
+  """
+  return {
+    key: trainable(leaf)
+    if isinstance(leaf, Mapping)
+    else key not in ("scale", "mask")
+    for key, leaf in adapters.items()
+  }
+
+
 def merge(
-  layers: Mapping[str, Any], adapters: Mapping[str, Any]
+  layers: Mapping[str, Any], adapters: Mapping[str, Any], chosen: int = 1
 ) -> dict[str, Any]:
-  """Add one adapter to the layer weights; in their dtype."""
-  merged = {group: dict(maps) for group, maps in layers.items()}
-  for group, maps in adapters.items():
-    for name, adapter in maps.items():
-      weights = layers[group][name]
-      up = adapter["lora_B"]
-      if "mask" in adapter:
-        up = up * adapter["mask"][:, :, None]
-      update = jnp.einsum(
-        "lnia,lnao,ln->lio", adapter["lora_A"], up, adapter["scale"]
+  """Return stacked weights with one adapter added into their kernels.
+
+  W + scale A B, in float32, returned in the kernel's dtype; neither argument is
+  changed.
+
+  Args:
+    chosen: which adapter, from 1.
+
+  Raises:
+    ValueError: an adapter number that the tree does not hold.
+  """
+  merged = {
+    group: dict(names) if isinstance(names, Mapping) else names
+    for group, names in layers.items()
+  }
+  for group, names in adapters.items():
+    for name, adapter in names.items():
+      held = adapter["scale"].shape[1]
+      if not 1 <= chosen <= held:
+        raise ValueError(
+          f"adapter {chosen} asked for; the tree holds 1..{held}"
+        )
+      down, up, scale = (
+        adapter[key][:, chosen - 1] for key in ("lora_A", "lora_B", "scale")
       )
-      kernel = weights["kernel"].astype(jnp.float32) + update
-      merged[group][name] = {
-        **weights,
-        "kernel": kernel.astype(weights["kernel"].dtype),
-      }
+      change = jnp.einsum("lia,lao->lio", down, up) * scale[:, None, None]
+      if "mask" in adapter:
+        change = change * adapter["mask"][:, chosen - 1][:, None, :]
+      kernel = merged[group][name]["kernel"]
+      total = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
+      merged[group][name] = {**merged[group][name], "kernel": total}
   return merged

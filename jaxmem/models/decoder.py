@@ -254,48 +254,56 @@ def apply(
     positions = _default_positions(inputs, segments)
   if valid is None and segments is not None:
     valid = segments > 0
-  x = embed(config, frozen, inputs, positions, dtype=dtype)
-  rows = layout(config, positions, valid, segments)
   windows = layer_windows(config)
-  varying = windows if isinstance(windows, jax.Array) else None
+  varying = isinstance(windows, jax.Array)
+  body = _layer_body(
+    config,
+    layout(config, positions, valid, segments),
+    collect,
+    window=None if varying else windows,
+    prefix_fn=prefix_fn,
+    adapter_index=adapter_index,
+    constrain=constrain,
+    rng=rng,
+    adapter_dropout=adapter_dropout,
+  )
+  per_layer = {
+    "prefix": prefix,
+    "layer_state": layer_state,
+    "adapters": adapters,
+  }
+  if varying:
+    per_layer["window"] = windows
+  index = jnp.arange(config.num_layers, dtype=jnp.int32)
+  x = embed(config, frozen, inputs, positions, dtype=dtype)
+  (x, cache), (aux, kept, written) = run_layers(
+    body, (x, cache), (index, frozen["layers"], per_layer), remat=remat
+  )
+  if cache is not None:
+    cache = cache._replace(length=cache.length + written[0])
+  return DecoderOutput(final_norm(config, frozen, x), cache, aux, kept)
 
-  def body(carry, per_layer):
-    x, cache = carry
-    index, layer, state, layer_prefix, layer_adapters, window = per_layer
+
+def _layer_body(config, rows, collect, *, rng, **fixed):
+  """Return the body of `apply`'s scan; `fixed` is the same at every layer."""
+
+  def body(carry, inputs):
+    (x, cache), (index, layer, per_layer) = carry, inputs
+    if rng is not None:
+      per_layer = per_layer | {"rng": jax.random.fold_in(rng, index)}
     out = block(
       config,
       layer,
       x,
       rows,
-      window=windows if window is None else window,
-      prefix=layer_prefix,
-      prefix_fn=prefix_fn,
-      layer_state=state,
       cache=cache,
       layer_index=index,
-      adapters=layer_adapters,
-      adapter_index=adapter_index,
-      constrain=constrain,
-      rng=None if rng is None else jax.random.fold_in(rng, index),
-      adapter_dropout=adapter_dropout,
+      **(fixed | per_layer),
     )
     kept = None if collect is None else collect(out.trace)
     return (out.x, out.cache), (out.aux, kept, jnp.int32(out.written))
 
-  stacked = (
-    jnp.arange(config.num_layers),
-    frozen["layers"],
-    layer_state,
-    prefix,
-    adapters,
-    varying,
-  )
-  (x, cache), (aux, kept, written) = run_layers(
-    body, (x, cache), stacked, remat=remat
-  )
-  if cache is not None:
-    cache = cache._replace(length=cache.length + written[0])
-  return DecoderOutput(final_norm(config, frozen, x), cache, aux, kept)
+  return body
 
 
 def _default_positions(inputs, segments):
