@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -210,8 +211,10 @@ def follow_pace(kind: str) -> optax.GradientTransformation:
     raise ValueError(f"schedule {kind!r} is not one of {', '.join(SCHEDULES)}")
 
   def init(params):
-    count = jnp.zeros((), jnp.int32)
-    return Pace(count, jnp.zeros((), jnp.float32), count, count)
+    zero = functools.partial(jnp.zeros, ())
+    return Pace(
+      zero(jnp.int32), zero(jnp.float32), zero(jnp.int32), zero(jnp.int32)
+    )
 
   def update(updates, pace, params=None):
     rate = rate_at(

@@ -1,0 +1,349 @@
+"""A training stage's data from the names in a config: sets, mixes, batches.
+
+A name is a world set (WORLD), a set of `sets.SETS` or its twin, `SET:SOURCE`
+(a set read from a file, folder, `tfds:` or `hf:` name), or the path of a
+question file, which `local.local_row` reads.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxmem.data import (
+  loader,
+  mixing,
+  packing,
+  passages,
+  sets,
+  vocabulary,
+  world_sets,
+)
+from jaxmem.data import words as world_words
+from jaxmem.data.order import Order, drawn
+from jaxmem.data.records import Example
+from jaxmem.data.tokenize import Encoded, encode_examples
+
+WORLD = ("world", "world-known", "differences", "prose")
+FACTS = ("world", "world-known", "differences")  # short answers, to be asked
+RANDOM = "random"
+NO_MIX = "none"
+# People with disjoint name parts are rare in a part: so many facts are drawn
+# for each that is wanted, times the square of the number of name groups.
+_SPARE = 3
+
+
+def is_factoid(name: str) -> bool:
+  """Whether a set's rows have short answers that are asked at evaluation."""
+  if name in WORLD:
+    return name in FACTS
+  head = name.partition(":")[0]
+  known = head in sets.SETS or head.removesuffix("B") in sets.SETS
+  return not known or sets.find(head)[0].kind in ("factoid", "choice")
+
+
+def load_set(
+  name: str,
+  *,
+  size: int,
+  place: int = 0,
+  seed: int = 0,
+  on_error: str = "raise",
+  name_groups: int = 0,
+  options: dict[str, Any] | None = None,
+) -> sets.Loaded:
+  """Load the examples of one stage.
+
+  Args:
+    name: see the module.
+    size: facts wanted; sets that are not factoids come whole.
+    place: number of the stage; world facts of different places are of
+      disjoint people.
+    seed: of what is generated.
+    on_error: "raise" at a malformed row, or "skip".
+    name_groups: if positive, people of a stage, as subjects and as values,
+      share no part of their names with those of other stages (world facts).
+    options: of `sets.load`, for this set.
+
+  Raises:
+    ValueError: an unknown name, no source, or see `sets.load`.
+  """
+  if name in WORLD:
+    examples = _world(name, size, place, seed, name_groups)
+    return sets.Loaded(list(examples), {"kept": len(examples)}, [])
+  if name_groups:
+    raise ValueError(
+      f"disjoint names are for the sets {WORLD[0]!r} only, not {name!r}: the "
+      "names of other sets have no parts that we know"
+    )
+  options = dict(options or {})
+  head, colon, source = name.partition(":")
+  if pathlib.Path(name).exists() or not (colon or _is_set(head)):
+    head, source = "local", name
+    if not pathlib.Path(name).exists():
+      raise ValueError(
+        f"data set {name!r} is no file and no known set; known: "
+        f"{', '.join((*WORLD, *sets.SETS))}, or SET:SOURCE, or a path"
+      )
+  if not source and head.removesuffix("B") == "kvr":
+    options = {"seed": seed, "count": 2 * size} | options
+  return sets.load(
+    head, source=source or None, size=size, on_error=on_error, **options
+  )
+
+
+def _is_set(name) -> bool:
+  return name in sets.SETS or name.removesuffix("B") in sets.SETS
+
+
+def _world(name, size, place, seed, groups) -> Sequence[Example]:
+  if name == "world" and groups:
+    pool = world_sets.facts(size * _SPARE * groups**2, part=place, seed=seed)
+    chosen = [fact for fact in pool if _in_group(fact, place, groups)]
+    return chosen[:size]
+  if name == "world":
+    return world_sets.facts(size, part=place, seed=seed)
+  if name == "world-known":
+    return world_sets.known_facts(size, seed=seed)
+  if name == "differences":
+    return world_sets.differences(size, seed=seed)
+  return world_sets.prose_passages(size, seed=1000 * (1 + place) + seed)
+
+
+def _in_group(fact, group, groups) -> bool:
+  """Whether all name parts of a fact are those of one group."""
+  kinds = {r.noun: r.values for r in world_words.RELATIONS}
+  people = [fact.subject]
+  if kinds[fact.relation] == "person":
+    people.append(fact.answers[0])
+  for first, last in (person.split() for person in people):
+    if world_words.FIRST_NAMES.index(first) % groups != group % groups:
+      return False
+    if world_words.LAST_NAMES.index(last) % groups != group % groups:
+      return False
+  return True
+
+
+def kvr_words(count: int) -> tuple[str, ...]:
+  """Symbols of key-value pairs that are one token of the embedded model."""
+  names = (*world_words.NOUNS, *world_words.ADJECTIVES, *world_words.VERBS)
+  if not 2 <= count <= len(names):
+    raise ValueError(f"kvr_words({count}): 2 to {len(names)} words exist")
+  return names[:count]
+
+
+def load_mix(
+  name: str,
+  *,
+  count: int,
+  seed: int = 0,
+  length: int = 50,
+  style: str = "split",
+  words: str = "world",
+  avoid: Sequence[Example] = (),
+  on_error: str = "raise",
+) -> list[Example]:
+  """Load the pool of rows to mix in.
+
+  Args:
+    name: "random" (words drawn uniformly), "prose" (of the world), or a set
+      of kind "mix", with `:SOURCE` if it has none of its own.
+    count: rows of a generated pool, and the most taken of another.
+    seed: of what is generated.
+    length: words in a half of a row.
+    style: of random words, see `passages.random_words`.
+    words: "world" (lower-case world words that are not in an answer to
+      `avoid`), "world-all" (also those), or a file with a word on each line.
+    avoid: facts whose answers must not be drawn.
+
+  Raises:
+    ValueError: unknown name, or see `passages` and `sets.load`.
+  """
+  if name == RANDOM:
+    pool, exclude = _word_list(words, avoid)
+    return passages.random_words(
+      count, pool, seed=seed, length=length, style=style, exclude=exclude
+    )
+  if name == "prose":
+    rows = world_sets.prose_passages(count, seed=seed, length=length)
+    return list(rows)
+  head, _, source = name.partition(":")
+  if head not in sets.SETS or sets.SETS[head].kind != "mix":
+    mixes = [n for n, s in sets.SETS.items() if s.kind == "mix"]
+    raise ValueError(
+      f"mix source {name!r} is unknown; allowed: {NO_MIX}, {RANDOM}, prose, "
+      f"or SET[:SOURCE] with SET one of {', '.join(mixes)}"
+    )
+  options = {} if head == "random-pretraining" else {"words": length}
+  loaded = sets.load(head, source=source or None, on_error=on_error, **options)
+  return loaded.examples[:count]
+
+
+def _word_list(words, avoid) -> tuple[Sequence[str], list[str]]:
+  """Words to draw from, and words not to draw."""
+  if words in ("world", "world-all"):
+    # A name in lower case would fall into single bytes.
+    pool = [w for w in vocabulary.world_words() if w.isalnum() and w.islower()]
+    taken = [word for fact in avoid for a in fact.answers for word in a.split()]
+    return pool, taken if words == "world" else []
+  path = pathlib.Path(words)
+  if not path.is_file():
+    raise ValueError(
+      f"mix.words is {words!r}: allowed are world, world-all, or a file with "
+      "a word on each line, such as /usr/share/dict/words"
+    )
+  lines = path.read_text(encoding="utf-8").split("\n")
+  taken = [answer for fact in avoid for answer in fact.answers]
+  return [line.strip() for line in lines if line.strip()], taken
+
+
+@dataclasses.dataclass(frozen=True)
+class StageData:
+  """All that training of one stage needs of its data.
+
+  Attributes:
+    rows: encoded row table.
+    stage: sources and draws of it.
+    order: which rows a step takes.
+    shape: of the batches.
+    batch_at: global step -> batch.
+    main: the facts or tasks to be learned, encoded.
+    mixed: examples of the mixed rows that are ever taken.
+    too_long: main rows left out.
+  """
+
+  rows: list[Encoded]
+  stage: mixing.Stage
+  order: Order
+  shape: packing.PackShape
+  batch_at: Callable[[int], packing.PackedBatch]
+  main: list[Encoded]
+  mixed: list[Example]
+  too_long: int
+
+  @property
+  def sources(self) -> tuple[int, ...]:
+    """Sources that an epoch takes rows of."""
+    return tuple(sorted({int(s) for s in self.stage.sources}))
+
+  def tokens(self, steps: int) -> int:
+    """Tokens of the first `steps` batches, padding not counted."""
+    lengths = np.array([len(row.ids) for row in self.rows])
+    per_epoch, total = self.order.steps_per_epoch, 0
+    for epoch in range(-(-steps // per_epoch)):
+      batches = loader.epoch_batches(self.order, epoch)
+      batches = batches[: steps - epoch * per_epoch]
+      total += int(lengths[batches[batches >= 0]].sum())
+    return total
+
+  def replayed(self, steps: int) -> list[Encoded]:
+    """Rows replayed in the epochs of so many steps; each once."""
+    epochs = -(-steps // self.order.steps_per_epoch)
+    taken: set[int] = set()
+    for draw in self.stage.draws:
+      if self.stage.sources[draw.start] == mixing.REPLAYED:
+        for epoch in range(epochs):
+          taken.update(drawn(draw, epoch).tolist())
+    return [self.rows[i] for i in sorted(taken)]
+
+
+def make_stage_data(
+  tokenizer: Any,
+  main: Sequence[Example],
+  *,
+  size: int,
+  batch_size: int,
+  epochs: int,
+  seed: int = 0,
+  max_tokens: int = 2048,
+  mix: Sequence[Example] = (),
+  replay: Sequence[Encoded] = (),
+  mixing_options: dict[str, Any] | None = None,
+  composition: str = "union",
+  layout: str = "packed",
+  multiple: int = 1,
+  compat_fixed_order: bool = False,
+  compat_mask: bool = False,
+  compat_pad_loss: bool = False,
+  at_least: packing.PackShape | None = None,
+) -> StageData:
+  """Encode, mix, order and plan one stage.
+
+  Args:
+    tokenizer: fast tokenizer.
+    main: D; its first `size` usable rows are taken, before mixing.
+    size: |D|.
+    batch_size: examples of a step.
+    epochs: at most so many.
+    seed: of the order.
+    max_tokens: longer rows are left out.
+    mix: pool of D_M.
+    replay: encoded rows of earlier stages.
+    mixing_options: further arguments of `mixing.make_stage`.
+    composition, compat_fixed_order: see `order.Order`.
+    layout, compat_pad_loss: see `loader.plan_stage`.
+    multiple: R is a multiple of it.
+    compat_mask: see `tokenize.encode_chats`.
+    at_least: shape to be used if it is not much larger, so that stages share
+      a program.
+
+  Raises:
+    ValueError: too few usable rows, or any wrong value.
+  """
+  options = dict(mixing_options or {})
+  whole = options.get("compat_cut_after_mix", False)
+  encode = dict(max_tokens=max_tokens, compat_mask=compat_mask)
+  encoded = encode_examples(
+    tokenizer, main, size=None if whole else size, **encode
+  )
+  pool = encode_examples(tokenizer, mix, **encode).rows if mix else []
+  stage = mixing.make_stage(
+    encoded.rows, size=size, mix=pool, replay=replay, **options
+  )
+  rows = list(stage.rows)
+  order = Order(stage.draws, batch_size, seed, composition, compat_fixed_order)
+  shape = loader.plan_stage(
+    rows,
+    order,
+    epochs,
+    layout=layout,
+    multiple=multiple,
+    compat_pad_loss=compat_pad_loss,
+  )
+  if not compat_pad_loss:
+    shape = merge_shapes(shape, at_least)
+  batch_at = loader.batch_maker(
+    rows,
+    stage.sources,
+    order,
+    shape,
+    layout=layout,
+    compat_pad_loss=compat_pad_loss,
+    pad_id=tokenizer.eos_token_id,
+  )
+  mixed = [
+    row.example
+    for row, source in zip(rows, stage.sources, strict=True)
+    if source == mixing.MIXED
+  ]
+  return StageData(
+    rows, stage, order, shape, batch_at, encoded.rows[:size], mixed,
+    encoded.too_long,
+  )  # fmt: skip
+
+
+def merge_shapes(
+  shape: packing.PackShape,
+  other: packing.PackShape | None,
+  *,
+  waste: float = 0.25,
+) -> packing.PackShape:
+  """The other shape, if this one fits into it at little cost."""
+  if other is None or any(
+    mine > theirs for mine, theirs in zip(shape, other, strict=True)
+  ):
+    return shape
+  tokens, more = shape.rows * shape.length, other.rows * other.length
+  return other if more <= (1 + waste) * tokens else shape

@@ -1,0 +1,194 @@
+"""Accuracy on facts, by teacher forcing and by generation, and perplexity.
+
+Teacher-forced exact match is exact for greedy decoding: the greedy answer
+equals the gold one token for token, its end token included, if and only if
+every answer position's argmax is the gold token given the gold ones before it.
+It bounds the exact match of the generated text from below (letter case, another
+spelling in tokens), so final numbers come from generation.
+
+Source: Chen et al., arXiv 2411.07175, `src/run_eval.py` of its code.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from jaxmem.data import packing
+from jaxmem.data.records import Example
+from jaxmem.data.tokenize import Encoded, leading_ids
+from jaxmem.evaluation import metrics
+
+
+class Scores(NamedTuple):
+  """Teacher-forced scores of a list of rows, in its order."""
+
+  exact: Bool[np.ndarray, "N"]
+  nll: Float[np.ndarray, "N"]  # nats, sum over the row's labels
+  labels: Float[np.ndarray, "N"]  # how many it has
+
+  @property
+  def accuracy(self) -> float:
+    """Share of exact rows, in percent."""
+    return 100.0 * float(self.exact.mean())
+
+  @property
+  def perplexity(self) -> float:
+    """Exponential of the mean nats per label."""
+    return math.exp(min(self.nll.sum() / max(self.labels.sum(), 1), 700.0))
+
+
+def score_rows(
+  score: Callable[[packing.PackedBatch], Any],
+  rows: Sequence[Encoded],
+  *,
+  batch_tokens: int = 2048,
+  multiple: int = 1,
+) -> Scores:
+  """Score rows in packed batches of one shape.
+
+  Args:
+    score: batch -> (exact, nll, labels), each [R, E] by example; the compiled
+      program of `methods.remix.score_examples`.
+    rows: what to score; may be empty.
+    batch_tokens: tokens of a batch, unless a single row has more.
+    multiple: R of a batch is a multiple of it.
+  """
+  out = Scores(*(np.zeros(len(rows), t) for t in (bool, np.float64, float)))
+  if not rows:
+    return out
+  lengths = [len(row.ids) for row in rows]
+  batches = _by_tokens(lengths, max(batch_tokens, max(lengths)))
+  shape = packing.plan(
+    lengths, [row.labels for row in rows], batches, multiple=multiple
+  )
+  for batch in batches:
+    encoded = [rows[i] for i in batch]
+    packed = packing.pack(encoded, batch, np.zeros(len(batch), int), shape)
+    found = score(packed)
+    held = packed.example_id >= 0
+    for to, values in zip(out, found, strict=True):
+      to[packed.example_id[held]] = np.asarray(values)[held]
+  return out
+
+
+def _by_tokens(lengths, most) -> list[list[int]]:
+  """Cut the rows, in their order, into batches of at most so many tokens."""
+  batches, used = [[]], 0
+  for i, length in enumerate(lengths):
+    if used + length > most:
+      batches.append([])
+      used = 0
+    batches[-1].append(i)
+    used += length
+  return batches
+
+
+def text_rows(
+  tokenizer: Any, texts: Sequence[str], *, max_tokens: int
+) -> list[Encoded]:
+  """Cut texts into rows whose every token is scored, for perplexity.
+
+  Args:
+    tokenizer: fast tokenizer.
+    texts: each starts a row; longer ones go on in further rows.
+    max_tokens: of a row, the leading token included.
+  """
+  leading = leading_ids(tokenizer)
+  size = max_tokens - len(leading)
+  rows = []
+  for text in texts:
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for start in range(0, len(ids), size):
+      piece = [*leading, *ids[start : start + size]]
+      target = np.arange(len(piece)) > 0
+      rows.append(Encoded(np.array(piece, np.int32), target))
+  return rows
+
+
+class Answered(NamedTuple):
+  """One generated answer and what each rule says of it."""
+
+  example: Example
+  prompt: str
+  text: str
+  official: metrics.RemixScore
+  alias: bool  # equal to any accepted answer, letter case and blanks aside
+  squad: bool  # equal to any of them after SQuAD's normalisation
+  contained: bool  # webqa's rule for texts that are not empty
+
+
+def judge(
+  example: Example, prompt: str, text: str, *, dataset: str = ""
+) -> Answered:
+  """Score one generated text by all rules.
+
+  Args:
+    example: with its accepted answers.
+    prompt: what was asked.
+    text: the generated answer.
+    dataset: its official name; "webqa" is scored by substring.
+  """
+  gold = example.target
+  official = metrics.remix_score(text, gold, dataset=dataset)
+  said = metrics.remix_parse(text)
+  answers = example.answers or (gold,)
+  return Answered(
+    example,
+    prompt,
+    text,
+    official,
+    said in [metrics.remix_parse(answer) for answer in answers],
+    metrics.exact_match(text, answers),
+    bool(said) and said in metrics.remix_parse(gold),
+  )
+
+
+def summarise(answered: Sequence[Answered]) -> dict[str, float]:
+  """Mean of every rule, in percent.
+
+  Raises:
+    ValueError: nothing was answered.
+  """
+  if not answered:
+    raise ValueError("no answers to summarise")
+  columns = {
+    "official": [row.official.correct for row in answered],
+    "alias": [row.alias for row in answered],
+    "squad": [row.squad for row in answered],
+    "contained": [row.contained for row in answered],
+    "rouge_l": [row.official.rouge for row in answered],
+  }
+  return {name: 100.0 * float(np.mean(v)) for name, v in columns.items()}
+
+
+def write_predictions(
+  folder: pathlib.Path, name: str, answered: Sequence[Answered]
+) -> None:
+  """Write one set's answers in the release's layout.
+
+  `{name}_predictions.jsonl` has a line per fact, `eval_metrics.json` the means
+  in [0, 1] of all sets written into the folder so far.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with (folder / f"{name}_predictions.jsonl").open("w") as file:
+    for row in answered:
+      line = {
+        "sample_id": row.example.id,
+        "input_text": row.prompt,
+        "pred_text": row.text,
+        "gold_text": row.example.target,
+        "parsed_pred_text": row.official.prediction,
+        "parsed_gold_text": row.official.gold,
+        "correct": row.official.correct,
+        "rouge": row.official.rouge,
+      }
+      file.write(json.dumps(line) + "\n")
+  path = folder / "eval_metrics.json"
+  found = json.loads(path.read_text()) if path.exists() else {}
+  found[name] = metrics.remix_aggregate([row.official for row in answered])
+  path.write_text(json.dumps(found, indent=4))

@@ -1,0 +1,376 @@
+"""A chain of training stages: its plan, its programs, and one stage's run."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmem.data import packing, stages
+from jaxmem.data.mixing import MAIN
+from jaxmem.methods import baselines, remix
+from jaxmem.models import decoder
+from jaxmem.training import checkpoint, loop, parallel
+from jaxmem.training.logging import Logger
+from jaxmem.training.step import TrainState, make_train_step
+
+LETTERS = "abcdefgh"
+CACHE_FILE = "stage.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+  """What one stage learns, and how."""
+
+  letter: str  # of its set: a, b, ..
+  data: str  # see data.stages
+  mix: str  # see data.stages.load_mix; "none"
+  ratio: float | int  # |D_M| / |D|
+  mix_seed: int
+  method: str  # one of baselines.METHODS
+  replay: float | int  # share of earlier stages' rows that is repeated
+  joint: bool = False  # all sets at once
+
+
+def per_stage(name: str, text: str, total: int) -> list[str]:
+  """Read "x" or "x,y,.." as one text per stage.
+
+  Raises:
+    ValueError: neither one nor `total` entries.
+  """
+  parts = [part.strip() for part in str(text).split(",")]
+  if len(parts) == 1:
+    parts *= total
+  if len(parts) != total:
+    raise ValueError(
+      f"{name} is {text!r}, {len(parts)} entries; the chain has {total} "
+      "stages: give one for all, or one for each, with commas"
+    )
+  return parts
+
+
+def plan_chain(
+  sets: Sequence[str],
+  *,
+  mix: str = "none",
+  ratio: str = "0",
+  mix_seed: str = "0",
+  method: str = "naive",
+  reg_stages: Sequence[int] = (2,),
+  replay: float | int = 0.0,
+  joint: bool = False,
+) -> tuple[StagePlan, ...]:
+  """Put the stages together.
+
+  Args:
+    sets: the stages' sets, in order; empty ones are left out.
+    mix, ratio, mix_seed: per stage, by commas, or one for all.
+    method: of the stages in reg_stages, by commas or one for all of them;
+      the others are naive.
+    reg_stages: stages, from 1, on which the method acts.
+    replay: share of earlier rows repeated in stages after the first.
+    joint: one stage with all sets at once.
+
+  Raises:
+    ValueError: no set, counts that do not match, unknown names.
+  """
+  sets = [name for name in sets if name]
+  if not sets or len(sets) > len(LETTERS):
+    raise ValueError(
+      f"data names {len(sets)} sets; give 1 to {len(LETTERS)} of them"
+    )
+  total = 1 if joint else len(sets)
+  mixes = per_stage("mix.source", mix, total)
+  ratios = per_stage("mix.ratio", ratio, total)
+  seeds = per_stage("mix.seed", mix_seed, total)
+  methods = ["naive"] * total
+  if method != "naive":
+    baselines.check_reg_stages(reg_stages, total)
+    given = per_stage("method.name", method, len(reg_stages))
+    for stage, name in zip(reg_stages, given, strict=True):
+      methods[stage - 1] = name
+  plan = []
+  for k in range(total):
+    mixed = mixes[k] != stages.NO_MIX
+    plan.append(
+      StagePlan(
+        LETTERS[k],
+        "+".join(sets) if joint else sets[k],
+        mixes[k],
+        _number("mix.ratio", ratios[k]) if mixed else 0.0,
+        int(_number("mix.seed", seeds[k])),
+        methods[k],
+        replay if k else 0.0,
+        joint,
+      )
+    )
+  return tuple(plan)
+
+
+def _number(name, text) -> float:
+  try:
+    value = float(text)
+  except ValueError:
+    value = math.nan
+  if not value >= 0:
+    raise ValueError(f"{name} has {text!r}; give numbers of at least 0")
+  return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """How every stage is trained; see configs/remix.py for units and sources."""
+
+  epochs: int
+  batch_size: int
+  rate: float | int
+  schedule: str = "cosine"
+  warmup_percent: float | int = 5.0
+  b1: float | int = 0.9
+  b2: float | int = 0.95
+  eps: float | int = 1e-8
+  weight_decay: float | int = 0.0
+  clip_norm: float | int | None = 1.0
+  stop: str = "em"
+  param_dtype: str = "float32"
+  microbatches: int = 1
+  source_weights: tuple[float | int, ...] = (1.0, 1.0, 1.0)
+  steps_per_call: int = 1
+  save_steps: int = 0
+  log_steps: int = 0  # 0: once an epoch
+  compat_shards: int = 1
+
+
+class Pace(NamedTuple):
+  """Length of a stage."""
+
+  schedule_steps: int  # what the schedule is made for
+  most_steps: int  # where it ends at the latest
+
+
+class Bench:
+  """Model, mesh and compiled programs, shared by all stages.
+
+  Programs are kept by what they compute; equal stages compile once.
+
+  Args:
+    model: how to run the language model.
+    mesh: devices.
+    training: settings of all stages.
+  """
+
+  def __init__(self, model: remix.Model, mesh: Any, training: Training):
+    self.model, self.mesh, self.training = model, mesh, training
+    self.rules = decoder.partition_rules()
+    self.tx = remix.make_optimizer(
+      schedule=training.schedule,
+      b1=training.b1,
+      b2=training.b2,
+      eps=training.eps,
+      weight_decay=training.weight_decay,
+      clip_norm=training.clip_norm,
+    )
+    self._programs: dict[Any, Any] = {}
+    self.score = parallel.compile_function(
+      lambda weights, batch: remix.score_examples(model, weights, batch)
+    )
+
+  def put(self, weights: Any) -> Any:
+    """Put model weights where they belong."""
+    return parallel.shard(weights, self.mesh, self.rules)
+
+  def score_batch(self, weights: Any) -> Callable[[packing.PackedBatch], Any]:
+    """Make the function batch -> example scores that evaluation calls."""
+
+    def rows(batch):
+      return batch.ids.shape[0]
+
+    return lambda batch: self.score(
+      weights, parallel.place(batch, self.mesh, rows(batch))
+    )
+
+  def compile(self, name, method, state, sources) -> parallel.Compiled:
+    """Compile the train step of a method, once."""
+    key = (name, sources)
+    if key not in self._programs:
+      loss_fn = remix.make_loss(
+        self.model,
+        weights=method.weights,
+        sources=sources,
+        source_weights=self.training.source_weights,
+        penalty=method.penalty,
+        compat_shards=self.training.compat_shards,
+      )
+      step = make_train_step(
+        loss_fn,
+        self.tx,
+        microbatches=self.training.microbatches,
+        post_update=remix.make_post_update(self.training.param_dtype),
+      )
+      self._programs[key] = parallel.compile_step(
+        step, state, method.frozen, mesh=self.mesh, rules=self.rules,
+        steps_per_call=self.training.steps_per_call,
+      )  # fmt: skip
+    return self._programs[key]
+
+  def fisher(
+    self,
+    weights: Any,
+    rows: Sequence[Any],
+    *,
+    labels: str,
+    rng: jax.Array,
+    batch_size: int,
+  ) -> Any:
+    """Importance of every weight for the rows, see `baselines`."""
+    size = parallel.row_shards(self.mesh) * batch_size
+    shape = packing.plan_padded(
+      [len(row.ids) for row in rows], [row.labels for row in rows], size
+    )
+    key = ("fisher", labels)
+    state = baselines.start_fisher(weights)
+    if key not in self._programs:
+      step = baselines.make_fisher_step(self.model, labels)
+      self._programs[key] = parallel.compile_step(
+        step, state, weights, mesh=self.mesh, rules=self.rules
+      )
+    compiled = self._programs[key]
+    state = compiled.put_state(state)
+    for start in range(0, len(rows), size):
+      part = rows[start : start + size]
+      zeros = [MAIN] * len(part)
+      batch = packing.pad(part, range(len(part)), zeros, shape)
+      state, _ = compiled.call(state, weights, [batch], rng)
+    return baselines.finish_fisher(state)
+
+
+class Trained(NamedTuple):
+  """How a stage went."""
+
+  weights: Any
+  record: dict[str, Any]  # numbers for the result
+
+
+def train_stage(
+  bench: Bench,
+  name: str,
+  method: baselines.Method,
+  data: stages.StageData,
+  *,
+  program: str,
+  pace: Pace | None = None,
+  rng: jax.Array,
+  workdir: pathlib.Path,
+  stop: Callable[[int], bool],
+  profile: tuple[int, int] | None = None,
+) -> Trained | None:
+  """Train one stage, from its last checkpoint if there is one.
+
+  Args:
+    bench: model and programs.
+    name: of the stage, in logs and directories.
+    method: of baselines.make_method; its parameters are consumed.
+    data: rows and their order.
+    program: methods with the same name share a program.
+    pace: length, whatever the stop rule; else the settings' epochs at most.
+    rng: the run's key.
+    workdir: of the run.
+    stop: whether the run was asked to end.
+    profile: (first step, steps) to trace.
+
+  Returns: None where the run was asked to end before the stage was done.
+  """
+  settings, epoch_steps = bench.training, data.order.steps_per_epoch
+  longest = epoch_steps * settings.epochs
+  length = pace or Pace(longest, longest)
+  warmup = math.ceil(settings.warmup_percent / 100 * length.schedule_steps)
+  params = method.params
+  if settings.param_dtype != "float32":
+    params = remix.round_params(params)
+  state = remix.start_stage(
+    params, bench.tx, rate=settings.rate, warmup_steps=warmup,
+    total_steps=length.schedule_steps, epoch_steps=epoch_steps,
+  )  # fmt: skip
+  compiled = bench.compile(program, method, state, data.sources)
+  saves = loop.Checkpoints(
+    workdir / "stages" / name, every_steps=settings.save_steps, keep=1
+  )
+  stream = loop.Stream(data.batch_at)
+  state = loop.resume(compiled.put_state(state), saves, stream)
+  rule = remix.StopRule("fixed" if pace else settings.stop, stop)
+  rule.look(state.memory)
+  started, first = time.perf_counter(), int(state.step)
+  with Logger(
+    workdir, total_steps=length.most_steps, first_step=first, name=name
+  ) as logger:
+    trained = loop.train(
+      compiled, state, compiled.put_frozen(method.frozen), stream, rng,
+      total_steps=length.most_steps, logger=logger, stop=rule,
+      checkpoints=saves, log_steps=settings.log_steps or epoch_steps,
+      events=[rule.event(epoch_steps)], profile=profile,
+      profile_dir=workdir / "profile" / name,
+    )  # fmt: skip
+  if not (trained.finished or rule.reached):
+    return None
+  steps, progress = int(trained.state.step), trained.state.memory
+  record = {
+    "steps": steps,
+    "epochs": steps / epoch_steps,
+    "tokens": data.tokens(steps),
+    "slots": steps * data.shape.rows * data.shape.length,
+    "schedule_steps": length.schedule_steps,
+    "em_last_epoch": 100.0
+    * int(progress.last_exact)
+    / max(int(progress.last_seen), 1),
+    "stopped_early": rule.reached,
+    "seconds": time.perf_counter() - started,
+    **{f"rows_{k}": v for k, v in data.stage.counts.items()},
+  }
+  weights = method.finish(trained.state.params, method.frozen)
+  return Trained(weights, record)
+
+
+def settings_key(*settings: Any) -> str:
+  """Name of a stage by all that decides its weights: 16 hexadecimal digits."""
+  text = json.dumps(settings, sort_keys=True, default=dataclasses.asdict)
+  return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def save_weights(
+  cache: pathlib.Path, key: str, weights: Any, record: dict[str, Any]
+) -> None:
+  """Keep a stage's weights for runs whose first stages are equal."""
+  # Runs of a sweep may come here together: each writes a directory of its
+  # own, and the first to be done gives it the name.
+  own = os.getpid() if jax.process_count() == 1 else "all"
+  partial, place = cache / f"{key}.{own}", cache / key
+  state = TrainState(jnp.int32(record["steps"]), weights, (), ())
+  checkpoint.save(partial, state, keep=1)
+  if jax.process_index() != 0:
+    return
+  (partial / CACHE_FILE).write_text(json.dumps(record, indent=1))
+  try:
+    partial.rename(place)
+  except OSError:  # another run was first
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def load_weights(cache: pathlib.Path, key: str, like: Any) -> Trained | None:
+  """Read what `save_weights` kept, or None where nothing whole is there."""
+  place = cache / key
+  if not (place / CACHE_FILE).exists():
+    return None
+  target = TrainState(jnp.zeros((), jnp.int32), like, (), ())
+  found = checkpoint.restore(place, target)
+  if found is None:
+    return None
+  record = json.loads((place / CACHE_FILE).read_text())
+  return Trained(found.state.params, record | {"from_cache": True})
