@@ -37,10 +37,11 @@ format: $(DEV_STAMP)  ## let ruff rewrite what lint would complain about
 
 # Every weight in the repository, from nothing; a second call resumes.
 shipped: $(STAMP)  ## retrain every shipped weight (CPU or accelerator)
-	$(RUN) -m experiments.pretrain --config=configs/pretrain.py:tiny \
-	  --workdir=out/shipped/tiny $(ARGS)
-	$(RUN) -m experiments.pretrain --config=configs/pretrain.py:nano \
-	  --workdir=out/shipped/nano $(ARGS)
+	for model in tiny nano; do \
+	  $(RUN) -m experiments.pretrain --config=configs/pretrain.py:$$model \
+	    --workdir=out/shipped/$$model --config.export=jaxmem/models/$$model \
+	    $(ARGS) || exit 1; \
+	done
 
 clean:  ## remove .venv and caches, keep out/
 	rm -rf $(VENV) .pytest_cache .ruff_cache
