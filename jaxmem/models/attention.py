@@ -126,7 +126,8 @@ def _plain(query, parts, query_positions, query_segments, window, scale):
   top = functools.reduce(jnp.maximum, tops, jnp.float32(blockwise.FLOOR))
   exps = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scores]
   total = sum(e.sum(axis=-1, keepdims=True) for e in exps)
-  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+  # Not a tiny number: its inverse square, in the second derivative, is inf.
+  total = jnp.where(total > 0, total, 1.0)
   out = sum(
     _product((e / total).astype(query.dtype), part.value, "BKXS", "SKH", "BKXH")
     for part, e in zip(parts, exps, strict=True)

@@ -166,7 +166,7 @@ def _forward_block(queries, all_keys, window):
     carry, _ = jax.lax.scan(step, carry, keys)
   top, total, out = carry
   # Of a query that sees nothing the log-sum is only ever used as e^(-1e30 - x).
-  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+  total = jnp.where(total > 0, total, 1.0)
   out = (out / total[..., None]).transpose(0, 3, 1, 2, 4)
   return out, top + jnp.log(total)
 
