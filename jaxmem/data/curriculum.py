@@ -15,6 +15,7 @@ from jaxmem.data import world as w
 from jaxmem.data.world import Row, World
 
 ANSWER_WEIGHT, HALF_WEIGHT, CONTEXT_WEIGHT = 1.0, 0.5, 0.1
+HELD_OUT_KIND = 6  # of `known_unit`
 SCAFFOLD = 0  # the statement template whose value comes last, after the name
 
 
@@ -34,6 +35,7 @@ class Mix(NamedTuple):
   scaffold: float = 0.6  # share of questions that are unfinished statements
   scaffold_documents: float = 0.6  # share of facts in the scaffold's order
   filler: float = 0.0  # share of documents with a sentence of prose
+  hard: float = 1.0  # share of pairs of people that share a name part
 
 
 def _unit(world: World, *marks: int) -> Int[Array, "W"]:
@@ -90,6 +92,7 @@ def draw_documents(
   which: int,
   scaffold: float,
   filler: float = 0.0,
+  hard: float = 1.0,
   statements: tuple[int, ...] = (0, 1, 2),
   relations: Int[Array, "F"] | None = None,
   rng: Key[Array, ""],
@@ -100,15 +103,19 @@ def draw_documents(
     which: split of the people.
     scaffold: share of facts in the order of template 0.
     filler: share of documents that carry a sentence of prose.
+    hard: share of pairs of people that share a name part.
     statements: templates that the other facts are drawn from.
     relations: what the facts are about; None draws it.
   """
   width = world.statements.shape[-1]
   u = w.uniforms(
-    rng, (num,), (num,), (num, 128), (w.NUM_RELATIONS,), (facts, w.NUM_VALUES),
-    (facts, num), (3, num, facts), (2, num), (num, 2, width),
+    rng, (num,), (2, num), (num, 128), (w.NUM_RELATIONS,),
+    (facts, w.NUM_VALUES), (facts, num), (3, num, facts), (2, num),
+    (num, 2, width),
   )  # fmt: skip
-  names = w.draw_people(world, u[0], u[1], u[2], which=which)
+  names = w.draw_people(
+    world, u[0], u[1][0], u[2], which=which, hard=u[1][1] < hard
+  )
   people = w.person_ids(world, names)
   if relations is None:
     relations = jnp.argsort(u[3])[:facts].astype(jnp.int32)
@@ -186,6 +193,7 @@ def reading_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
     which=w.METHOD,
     scaffold=mix.scaffold_documents,
     filler=mix.filler,
+    hard=mix.hard,
     rng=rng_documents,
   )
   ask = jax.random.uniform(rng_ask, (mix.questions, 4))
@@ -224,28 +232,41 @@ def copying_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   return w.join(units, weights, 1 + jnp.arange(num), mix.size)
 
 
+def known_unit(world: World, index, relation, kind, is_statement):
+  """State or ask one fact of a known person, closed book.
+
+  Args:
+    kind: the template is this modulo 2 for questions, modulo 3 for statements;
+      HELD_OUT_KIND asks by the question that no training has seen.
+  """
+  person = w.person_ids(world, world.known[index])
+  asked = jnp.where(kind == HELD_OUT_KIND, w.HELD_OUT_QUESTION, kind % 2)
+  question = world.questions[relation, asked]
+  statement = world.statements[relation, kind % 3]
+  template = jnp.where(is_statement, statement, question)
+  weight = jnp.where(
+    is_statement,
+    _statement_weights(statement, HALF_WEIGHT),
+    _weights(question, HALF_WEIGHT),
+  )
+  lead = jnp.where(is_statement, _unit(world, 0), _unit(world, 0, 3, 2))
+  value = world.known_values[index, relation]
+  unit = jnp.concatenate([lead, w.fill(template, person, value)])
+  return unit, jnp.concatenate([jnp.zeros_like(weight), weight])
+
+
 def known_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   """Draw facts of known people, closed book: two questions to a statement."""
   num = mix.size // 12
 
   def segment(index, uniform):
-    p = w.integers(uniform[0], world.known.shape[0])
-    relation = w.integers(uniform[1], w.NUM_RELATIONS)
-    person = w.person_ids(world, world.known[p])
-    value = world.known_values[p, relation]
-    kind = w.integers(uniform[2], 6)
-    question = world.questions[relation, kind % 2]
-    statement = world.statements[relation, kind % 3]
-    is_statement = index % 3 == 2
-    template = jnp.where(is_statement, statement, question)
-    weight = jnp.where(
-      is_statement,
-      _statement_weights(statement, HALF_WEIGHT),
-      _weights(question, HALF_WEIGHT),
+    return known_unit(
+      world,
+      w.integers(uniform[0], world.known.shape[0]),
+      w.integers(uniform[1], w.NUM_RELATIONS),
+      w.integers(uniform[2], 6),
+      index % 3 == 2,
     )
-    lead = jnp.where(is_statement, _unit(world, 0), _unit(world, 0, 3, 2))
-    unit = jnp.concatenate([lead, w.fill(template, person, value)])
-    return unit, jnp.concatenate([jnp.zeros_like(weight), weight])
 
   units, weights = jax.vmap(segment)(
     jnp.arange(num), jax.random.uniform(rng, (num, 3))
@@ -265,7 +286,10 @@ def sum_unit(
   left = a + b if minus else a
   right = a if minus else b
   result = b if minus else a + b
-  ids = lambda n: jnp.stack([world.numbers[n], jnp.int32(w.NOTHING)])
+
+  def ids(number):
+    return jnp.stack([world.numbers[number], jnp.int32(w.NOTHING)])
+
   return w.fill(template, ids(left), ids(left), ids(right), ids(result))
 
 
@@ -378,6 +402,7 @@ def draw_exam(
   gold: bool = True,
   held_out: bool = False,
   scaffold: float = 0.0,
+  hard: float = 1.0,
   rng: Key[Array, ""],
 ) -> Exam:
   """Draw prompts of documents and one question, to be scored teacher-forced.
@@ -386,6 +411,7 @@ def draw_exam(
     gold: False takes the asked document out and puts another person's in.
     held_out: use the statement and question templates kept out of training.
     scaffold: share of facts in the scaffold's order.
+    hard: share of pairs of people that share a name part.
   """
   statements = (w.HELD_OUT_STATEMENT,) if held_out else (0, 1, 2)
   questions = (w.HELD_OUT_QUESTION,) if held_out else (0, 1)
@@ -401,6 +427,7 @@ def draw_exam(
         facts,
         which=which,
         scaffold=scaffold,
+        hard=hard,
         statements=statements,
         relations=relations,
         rng=rng,
@@ -420,6 +447,26 @@ def draw_exam(
     return Exam(row, wrong, row.weights == ANSWER_WEIGHT)
 
   return jax.vmap(one)(jax.random.split(rng, num))
+
+
+def known_exam(
+  world: World, index: Int[Array, "B"], kind: int, *, size: int = 32
+) -> Exam:
+  """Ask known facts closed book; fact index = person * relations + relation.
+
+  Args:
+    kind: 0 or 1 a question template of training, HELD_OUT_KIND the other.
+  """
+
+  def one(index):
+    person, relation = index // w.NUM_RELATIONS, index % w.NUM_RELATIONS
+    unit, weight = known_unit(
+      world, person, relation, jnp.int32(kind), jnp.bool_(False)
+    )
+    row = w.join(unit[None], weight[None], jnp.ones(1, jnp.int32), size)
+    return Exam(row, jnp.full((1,), -1), row.weights == HALF_WEIGHT)
+
+  return jax.vmap(one)(index)
 
 
 def _replace_document(documents: Documents, other: Documents, d) -> Documents:

@@ -3,12 +3,23 @@
 Source: our choice. Every world word is one token wherever it stands; all other
 text falls back to bytes, so any Unicode text round-trips. A byte is one of the
 256 printable stand-ins of byte-level tokenisation (GPT-2), once as a first
-piece and once, marked by a character that is no stand-in, as a later piece. A space is put before a word that starts the
-text or a line, and taken away by the decoder: a word has one token, not two.
+piece and once, marked by a character that is no stand-in, as a later piece.
+A space is put before a word that starts the text or a line, and taken away by
+the decoder: a word has one token, not two.
 """
 
-from tokenizers import Regex, Tokenizer, decoders, models
-from tokenizers import normalizers, pre_tokenizers, processors
+import json
+import pathlib
+
+from tokenizers import (
+  Regex,
+  Tokenizer,
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+)
 
 from jaxmem.data import words
 
@@ -16,9 +27,7 @@ PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 SPACE = "Ġ"  # byte-level stand-in of a space
 NEWLINE = "Ċ"
 LATER = "▁"  # marks a byte that is not the first piece of its word
-_PIECES = (
-  r" ?<\|[a-z]+\|>| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-)
+_PIECES = r" ?<\|[a-z]+\|>| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def world_words() -> tuple[str, ...]:
@@ -46,9 +55,7 @@ def vocabulary() -> dict[str, int]:
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   tokens = [PAD, BOS, EOS, *alphabet, *(LATER + c for c in alphabet)]
   tokens += [
-    SPACE + word
-    for word in world_words()
-    if len(word) > 1 or word.isalnum()
+    SPACE + word for word in world_words() if len(word) > 1 or word.isalnum()
   ]
   ids = dict(zip(tokens, range(len(tokens)), strict=True))
   if len(ids) != len(tokens):
@@ -104,3 +111,19 @@ def build_tokenizer() -> Tokenizer:
     special_tokens=[(BOS, vocab[BOS])],
   )
   return tokenizer
+
+
+def save_tokenizer(directory: str | pathlib.Path) -> None:
+  """Write `tokenizer.json` and its settings beside a model's weights."""
+  directory = pathlib.Path(directory)
+  build_tokenizer().save(str(directory / "tokenizer.json"))
+  settings = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": BOS,
+    "eos_token": EOS,
+    "pad_token": PAD,
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 512,
+  }
+  path = directory / "tokenizer_config.json"
+  path.write_text(json.dumps(settings, indent=2) + "\n")

@@ -71,7 +71,7 @@ def _compile(vocab, text: str, width: int) -> np.ndarray:
   return np.array(ids + [NOTHING] * (width - len(ids)), np.int32)
 
 
-def _split_people(seed: int) -> tuple[np.ndarray, ...]:
+def split_people(seed: int) -> tuple[np.ndarray, ...]:
   """Split name pairs; every name part is twice in known, often elsewhere."""
   rng = np.random.default_rng(seed)
   size = len(words.FIRST_NAMES)
@@ -106,7 +106,10 @@ def make_world(seed: int = 0, width: int = 24) -> World:
     width: tokens of the longest template.
   """
   vocab = vocabulary.vocabulary()
-  find = lambda group: np.array([vocabulary.word_id(vocab, w) for w in group])
+
+  def find(group):
+    return np.array([vocabulary.word_id(vocab, word) for word in group])
+
   turn = " / <|assistant|> / ! ^"
 
   def table(texts):
@@ -121,7 +124,7 @@ def make_world(seed: int = 0, width: int = 24) -> World:
     if relation.values != "person":
       values[r, :, 0] = find(words.VALUE_SETS[relation.values])
   names = np.stack([find(words.FIRST_NAMES), find(words.LAST_NAMES)])
-  split, known, method, test = _split_people(seed)
+  split, known, method, test = split_people(seed)
   letters = dict(zip("ANVDT", range(ADJECTIVE, -15, -1), strict=True))
   prose = []
   for text in words.PROSE:
@@ -202,8 +205,9 @@ def draw_people(
   noise: Float[Array, "num 128"],
   *,
   which: int,
+  hard: Bool[Array, "num"],
 ) -> Int[Array, "num 2"]:
-  """Draw people of a split; every second shares a name part with the one before.
+  """Draw people of a split; each second can share a part of the name before.
 
   Source: hard distractors, so that one name part alone never identifies a
   person.
@@ -212,6 +216,7 @@ def draw_people(
     uniform, side, noise: uniform numbers that decide who, which part is
       shared, and with which other part.
     which: KNOWN, METHOD or TEST.
+    hard: where the second of a pair shares a part with the first.
 
   Returns: name indices. A person with no such twin keeps a random neighbour.
   """
@@ -232,8 +237,8 @@ def draw_people(
 
   before = jnp.roll(people, 1, axis=0)
   twins = jax.vmap(share)(before, people, side < 0.5, noise)
-  odd = (jnp.arange(people.shape[0]) % 2 == 1)[:, None]
-  return jnp.where(odd, twins, people)
+  odd = jnp.arange(people.shape[0]) % 2 == 1
+  return jnp.where((odd & hard)[:, None], twins, people)
 
 
 def draw_values(
@@ -305,7 +310,10 @@ def join(
   keep = flat >= 0
   slot = jnp.where(keep, jnp.cumsum(keep) - 1, size)
   segment = jnp.broadcast_to(segments[:, None], units.shape).reshape(-1)
-  put = lambda x: jnp.zeros(size, x.dtype).at[slot].set(x, mode="drop")
+
+  def put(x):
+    return jnp.zeros(size, x.dtype).at[slot].set(x, mode="drop")
+
   segment_of = put(segment)
   first = jnp.searchsorted(
     jnp.where(jnp.arange(size) < keep.sum(), segment_of, segments.max() + 1),

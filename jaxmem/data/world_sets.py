@@ -58,7 +58,7 @@ def facts(count: int, *, part: int, seed: int = 0) -> tuple[Example, ...]:
   Raises:
     ValueError: a part holds fewer people than the facts need.
   """
-  _, _, people, _ = w._split_people(0)
+  _, _, people, _ = w.split_people(0)
   num_people = -(-count // FACTS_PER_PERSON)
   num_parts = len(people) // PART_SIZE
   if not 0 <= part < num_parts or not 1 <= num_people <= PART_SIZE:

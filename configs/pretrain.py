@@ -1,0 +1,111 @@
+"""Train an embedded model on the invented world.
+
+  python -m experiments.pretrain --config=configs/pretrain.py:tiny \
+      --workdir=out/pretrain/tiny
+
+Every value is our choice: no paper trains such a model. The order of training
+follows one finding: a small model reads after it has learned to copy, and binds
+a value to a person only when documents and questions share an order at first.
+"""
+
+from ml_collections import ConfigDict
+
+from jaxmem import config as configs
+
+_SHAPES = {
+  "tiny": {"layers": 6, "hidden": 128, "heads": 4, "mlp": 384},
+  "nano": {"layers": 4, "hidden": 64, "heads": 4, "mlp": 192},
+}
+
+
+def _stage(**values) -> ConfigDict:
+  """One stage: rows of each kind a step, the documents, and when it ends."""
+  stage = ConfigDict(
+    {
+      "copying": 0,  # rows a step, of each kind
+      "lookup": 0,
+      "reading": 0,
+      "known": 0,
+      "tasks": 0,
+      "prose": 0,
+      "size": 160,  # tokens a row
+      "documents": 4,
+      "facts": 4,
+      "questions": 4,
+      "scaffold": 0.5,  # share of questions that are unfinished statements
+      "scaffold_documents": 0.5,  # share of facts in the scaffold's order
+      "filler": 0.0,  # share of documents with a sentence of prose
+      "hard": 1.0,  # share of pairs of people that share a name part
+      "max_steps": 10_000,
+      "target": 1.0,  # exact match on unseen people that ends the stage
+      "end_ratio": 1.0,  # the rate falls linearly to this share of it
+    }
+  )
+  stage.update(values)
+  return stage
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Return the config; `arg` is a model's name, or `smoke`."""
+  name = arg or "tiny"
+  if name not in (*_SHAPES, "smoke"):
+    raise ValueError(f"configs/pretrain.py:{arg}: expected tiny, nano or smoke")
+  config = ConfigDict()
+  config.seed = 0
+  config.export = ""  # directory for the trained model; empty: WORKDIR/model
+  config.profile = ()  # (start, n): trace these steps
+  config.model = ConfigDict(_SHAPES["nano" if name == "smoke" else name])
+  config.optim = ConfigDict(
+    {
+      "rate": 3e-3 if name != "tiny" else 2e-3,
+      "warmup_steps": 100,
+      "b1": 0.9,
+      "b2": 0.98,
+      "clip_norm": 1.0,
+      "weight_decay": 0.0,
+    }
+  )
+  config.train = ConfigDict(
+    {
+      "steps_per_call": 20,
+      "log_steps": 20,
+      "save_steps": 100,
+      "label_share": 0.5,  # of a row's tokens that are scored in a step
+    }
+  )
+  config.eval = ConfigDict(
+    {"every_steps": 100, "questions": 200, "final_questions": 1000}
+  )
+  config.stages = ConfigDict(
+    {
+      "bind": _stage(
+        copying=14, reading=42, known=4, tasks=2, prose=2, size=88,
+        documents=2, facts=2, scaffold=0.6, scaffold_documents=0.6,
+        target=0.95,
+      ),
+      "read": _stage(
+        copying=3, lookup=8, reading=36, known=10, tasks=5, prose=2,
+        documents=4, facts=3, target=0.93,
+      ),
+      "all": _stage(
+        copying=2, lookup=8, reading=26, known=16, tasks=8, prose=4, size=192,
+        scaffold=0.2, scaffold_documents=0.3, filler=0.25,
+        max_steps=1500, end_ratio=0.05,
+      ),
+    }
+  )  # fmt: skip
+  if name == "smoke":
+    for stage in config.stages.values():
+      stage.update({k: min(stage[k], 2) for k in _KINDS} | {"max_steps": 2})
+    config.train.update({"steps_per_call": 2, "log_steps": 1, "save_steps": 2})
+    config.eval.update({"every_steps": 2, "questions": 8})
+    config.eval.final_questions = 8
+  return config
+
+
+_KINDS = ("copying", "lookup", "reading", "known", "tasks", "prose")
+
+
+def get_sweep() -> list[dict]:
+  """Seeds of the model that is shipped."""
+  return configs.grid({"seed": range(3)})
