@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import score_world
 from jaxmem import launch
-from jaxmem.data import curriculum, vocabulary, world
+from jaxmem.data import curriculum, exams, vocabulary, world
 from jaxmem.models import decoder, huggingface
 from jaxmem.models.config import ModelConfig, from_hf
 from jaxmem.training import checkpoint, loop, loss, optimizer, parallel, step
@@ -133,21 +133,52 @@ def _mix(settings) -> curriculum.Mix:
   return curriculum.Mix(**fields)
 
 
-def run_stage(config, model, state, place, mesh, *, workdir, stop):
-  """Train one stage; returns (state, Stage after it, True unless stopped)."""
-  name, settings = list(config.stages.items())[place.index]
-  mix = _mix(settings)
-  num_rows = sum(getattr(mix, kind) for kind in curriculum.MAKERS)
-  tx = _transformation(config.optim, settings, place.start)
-  constrain = parallel.make_constrain(mesh)
+def make_examine(config, model, mix, target, reached):
+  """Make the event that examines the model on unseen people.
+
+  Args:
+    reached: list that the step is added to when the target is met.
+  """
+
+  def draw(rng):
+    return exams.draw_exam(
+      world.make_world(),
+      score_world.BATCH,
+      documents=mix.documents,
+      facts=mix.facts,
+      size=score_world.SIZE,
+      hard=mix.hard,
+      rng=rng,
+    )
+
+  exam = parallel.compile_function(score_world.make_exam(model, draw))
+  rounds = -(-config.eval.questions // score_world.BATCH)
+
+  def examine(at, state):
+    rngs = jax.random.split(jax.random.key(at), rounds)
+    totals = [exam(state.params, rng) for rng in rngs]
+    asked = rounds * score_world.BATCH
+    scores = {
+      f"exam/{name}": float(sum(t[name] for t in totals)) / asked
+      for name in totals[0]
+    }
+    if scores["exam/right"] >= target:
+      reached.append(at)
+    return scores
+
+  return loop.Event(config.eval.every_steps, examine)
+
+
+def compile_stage(config, model, mix, state, tx, mesh):
+  """Compile the train step of a stage's rows."""
   loss_fn = make_loss(
     model,
     mix,
     config.seed,
     share=config.train.label_share,
-    constrain=constrain,
+    constrain=parallel.make_constrain(mesh),
   )
-  compiled = parallel.compile_step(
+  return parallel.compile_step(
     step.make_train_step(loss_fn, tx),
     state,
     (),
@@ -155,34 +186,16 @@ def run_stage(config, model, state, place, mesh, *, workdir, stop):
     rules=decoder.partition_rules() + parallel.REPLICATE,
     steps_per_call=config.train.steps_per_call,
   )
+
+
+def run_stage(config, model, state, place, mesh, *, workdir, stop):
+  """Train one stage; returns (state, Stage after it, True unless stopped)."""
+  name, settings = list(config.stages.items())[place.index]
+  mix = _mix(settings)
+  num_rows = sum(getattr(mix, kind) for kind in curriculum.MAKERS)
+  tx = _transformation(config.optim, settings, place.start)
+  compiled = compile_stage(config, model, mix, state, tx, mesh)
   reached = []
-  exam = parallel.compile_function(
-    score_world.make_exam(
-      model,
-      lambda rng: curriculum.draw_exam(
-        world.make_world(),
-        score_world.BATCH,
-        documents=mix.documents,
-        facts=mix.facts,
-        size=score_world.SIZE,
-        hard=mix.hard,
-        rng=rng,
-      ),
-    )
-  )
-
-  def examine(at, state):
-    rounds = -(-config.eval.questions // score_world.BATCH)
-    rngs = [jax.random.fold_in(jax.random.key(at), r) for r in range(rounds)]
-    totals = [exam(state.params, rng) for rng in rngs]
-    scores = {
-      f"exam/{k}": float(sum(t[k] for t in totals)) / rounds / score_world.BATCH
-      for k in totals[0]
-    }
-    if scores["exam/right"] >= settings.target:
-      reached.append(at)
-    return scores
-
   stream = loop.Stream(
     lambda at: {"step": np.full(num_rows, at, np.int32)},
     position=lambda: place._asdict(),
@@ -204,7 +217,7 @@ def run_stage(config, model, state, place, mesh, *, workdir, stop):
         workdir / "checkpoints", every_steps=config.train.save_steps
       ),
       log_steps=config.train.log_steps,
-      events=[loop.Event(config.eval.every_steps, examine)],
+      events=[make_examine(config, model, mix, settings.target, reached)],
       profile=tuple(config.profile) or None,
       profile_dir=workdir / "profile",
     )

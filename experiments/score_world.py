@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmem import models
-from jaxmem.data import curriculum, world
+from jaxmem.data import curriculum, exams, world
 from jaxmem.models import decoder, huggingface
 from jaxmem.models.config import ModelConfig
 from jaxmem.training import loss
@@ -40,7 +40,7 @@ def _predict(config: ModelConfig, params: Any, row: curriculum.Row):
 
 
 def make_exam(
-  config: ModelConfig, draw: Callable[[jax.Array], curriculum.Exam]
+  config: ModelConfig, draw: Callable[[jax.Array], exams.Exam]
 ) -> Callable[[Any, jax.Array], dict[str, jax.Array]]:
   """Make `(params, draw's argument) -> sums` for one batch of prompts."""
 
@@ -80,11 +80,11 @@ def make_rows(
 
 def exam_kinds(
   world_: world.World,
-) -> dict[str, Callable[[jax.Array], curriculum.Exam]]:
+) -> dict[str, Callable[[jax.Array], exams.Exam]]:
   """Name each kind of prompt on documents, with how a batch is drawn."""
 
   def drawn(**kwargs):
-    return lambda rng: curriculum.draw_exam(
+    return lambda rng: exams.draw_exam(
       world_, BATCH, size=SIZE, rng=rng, **kwargs
     )
 
@@ -143,7 +143,7 @@ def score(
     if chosen(name):
       run = compile_function(
         make_exam(
-          config, lambda i, kind=kind: curriculum.known_exam(world_, i, kind)
+          config, lambda i, kind=kind: exams.known_exam(world_, i, kind)
         )
       )
       facts = jnp.arange(world_.known.shape[0] * world.NUM_RELATIONS)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from jaxmem.data import world as w
 from jaxmem.data.world import Row, World
@@ -43,14 +43,19 @@ def _unit(world: World, *marks: int) -> Int[Array, "W"]:
   return out.at[: len(marks)].set(world.marks[jnp.array(marks)])
 
 
-def _weights(template, weight):
+def answer_weights(
+  template: Int[Array, "W"], weight: float
+) -> Float[Array, "W"]:
   """Weigh a template's answer: what fills ANSWER, and the end after it."""
   slot = (template == w.ANSWER) | (template == w.ANSWER - 1)
   end = jnp.roll(slot, 1) & (template >= 0)
   return jnp.where(slot | end, weight, CONTEXT_WEIGHT)
 
 
-def _statement_weights(template, weight):
+def statement_weights(
+  template: Int[Array, "W"], weight: float
+) -> Float[Array, "W"]:
+  """Weigh a statement's value; the rest is context."""
   slot = (template == w.VALUE) | (template == w.VALUE - 1)
   return jnp.where(slot, weight, CONTEXT_WEIGHT)
 
@@ -146,7 +151,14 @@ def draw_documents(
   )
 
 
-def _question(world, documents, scaffold, templates, first, uniform):
+def ask_fact(
+  world: World,
+  documents: Documents,
+  scaffold: float,
+  templates: tuple[int, ...],
+  first: bool,
+  uniform: Float[Array, "4"],
+):
   """Ask for one fact of one document, as a question or a statement."""
   num, facts = documents.values.shape[:2]
   d, f = w.integers(uniform[0], num), w.integers(uniform[1], facts)
@@ -158,8 +170,8 @@ def _question(world, documents, scaffold, templates, first, uniform):
   template = jnp.where(is_scaffold, statement, question)
   weight = jnp.where(
     is_scaffold,
-    _statement_weights(statement, ANSWER_WEIGHT),
-    _weights(question, ANSWER_WEIGHT),
+    statement_weights(statement, ANSWER_WEIGHT),
+    answer_weights(question, ANSWER_WEIGHT),
   )
   unit = w.fill(template, documents.people[d], value)
   lead = _unit(world, 2) if first else _unit(world, 2, 3, 2)
@@ -173,7 +185,8 @@ def _question(world, documents, scaffold, templates, first, uniform):
   )
 
 
-def _row(world, documents, asked, size) -> Row:
+def prompt_row(world: World, documents: Documents, asked, size: int) -> Row:
+  """Write documents and what is asked, `(units, weights)` each, as a row."""
   head = _unit(world, 0, 3, 2)
   units = jnp.concatenate([head[None], documents.units, *(a[0] for a in asked)])
   weights = jnp.concatenate(
@@ -198,10 +211,10 @@ def reading_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   )
   ask = jax.random.uniform(rng_ask, (mix.questions, 4))
   asked = [
-    _question(world, documents, mix.scaffold, (0, 1), q == 0, ask[q])
+    ask_fact(world, documents, mix.scaffold, (0, 1), q == 0, ask[q])
     for q in range(mix.questions)
   ]
-  return _row(world, documents, asked, mix.size)
+  return prompt_row(world, documents, asked, mix.size)
 
 
 def lookup_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
@@ -212,24 +225,30 @@ def lookup_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
 
 
 def copying_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
-  """Draw random words and repeat them; every second segment from 10 words."""
-  num = max(1, mix.size // 81)
-  length = min(40, (mix.size - 1) // 2)
+  """Draw random words, then spans of them again; some rows from 10 words only.
 
-  some, words, start = w.uniforms(rng, (num, 10), (num, length), ())
-
-  def segment(index, some, words):
-    some = world.words[w.integers(some, world.words.shape[0])]
-    few = some[w.integers(words, 10)]
-    many = world.words[w.integers(words, world.words.shape[0])]
-    ids = jnp.where(index % 2 == 0, few, many)
-    return jnp.concatenate([world.marks[:1], ids, ids])
-
-  index = w.integers(start, 2) + jnp.arange(num)
-  units = jax.vmap(segment)(index, some, words)
-  repeated = jnp.arange(units.shape[1]) > length + 1
-  weights = jnp.broadcast_to(repeated * HALF_WEIGHT, units.shape)
-  return w.join(units, weights, 1 + jnp.arange(num), mix.size)
+  The spans start anywhere and are of any length: at a fixed distance, a model
+  would learn to look back by that distance and never to look for what it reads.
+  Where every second row has 10 words, one previous word is not enough to find
+  the place. A span's first word, which nothing tells, has no weight.
+  """
+  length = mix.size // 3
+  total = mix.size - 1 - length
+  some, base, start, jump, few = w.uniforms(
+    rng, (10,), (length,), (total,), (total,), ()
+  )
+  some = world.words[w.integers(some, world.words.shape[0])]
+  many = world.words[w.integers(base, world.words.shape[0])]
+  base = jnp.where(few < 0.5, some[w.integers(base, 10)], many)
+  time = jnp.arange(total)
+  jumps = (jump < 1 / 8) | (time == 0)
+  since = jax.lax.cummax(jnp.where(jumps, time, 0))
+  index = (w.integers(start, length)[since] + time - since) % length
+  ids = jnp.concatenate([world.marks[:1], base, base[index]])
+  weights = jnp.concatenate(
+    [jnp.zeros(length + 1), jnp.where(jumps, 0.0, HALF_WEIGHT)]
+  )
+  return w.join(ids[None], weights[None], jnp.ones(1, jnp.int32), mix.size)
 
 
 def known_unit(world: World, index, relation, kind, is_statement):
@@ -246,8 +265,8 @@ def known_unit(world: World, index, relation, kind, is_statement):
   template = jnp.where(is_statement, statement, question)
   weight = jnp.where(
     is_statement,
-    _statement_weights(statement, HALF_WEIGHT),
-    _weights(question, HALF_WEIGHT),
+    statement_weights(statement, HALF_WEIGHT),
+    answer_weights(question, HALF_WEIGHT),
   )
   lead = jnp.where(is_statement, _unit(world, 0), _unit(world, 0, 3, 2))
   value = world.known_values[index, relation]
@@ -332,12 +351,12 @@ def task_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
     for _, t in asked
     for u in (
       jnp.full(t.shape, CONTEXT_WEIGHT),
-      _weights(t, ANSWER_WEIGHT),
+      answer_weights(t, ANSWER_WEIGHT),
     )
   ]
   sum_units = jax.vmap(lambda u: sum_unit(world, world.sum, u))(numbers)
   head = _unit(world, 0, 3, 2)
-  zero, full = jnp.zeros(head.shape), _weights(world.sum, HALF_WEIGHT)
+  zero, full = jnp.zeros(head.shape), answer_weights(world.sum, HALF_WEIGHT)
   units = [head, *documents.units, *units]
   weights = [zero, *documents.weights, *weights]
   segments = [1] * len(units)
@@ -381,96 +400,3 @@ def draw_batch(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
         jax.vmap(lambda rng, make=maker: make(world, mix, rng=rng))(rngs)
       )
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-
-
-class Exam(NamedTuple):
-  """One question a prompt, with what else its documents would have answered."""
-
-  row: Row
-  wrong: Int[Array, "B N"]  # first ids of the other documents' values, or -1
-  answer: Bool[Array, "B S"]  # the answer's tokens, its end included
-
-
-def draw_exam(
-  world: World,
-  num: int,
-  *,
-  documents: int = 4,
-  facts: int = 3,
-  size: int = 160,
-  which: int = w.TEST,
-  gold: bool = True,
-  held_out: bool = False,
-  scaffold: float = 0.0,
-  hard: float = 1.0,
-  rng: Key[Array, ""],
-) -> Exam:
-  """Draw prompts of documents and one question, to be scored teacher-forced.
-
-  Args:
-    gold: False takes the asked document out and puts another person's in.
-    held_out: use the statement and question templates kept out of training.
-    scaffold: share of facts in the scaffold's order.
-    hard: share of pairs of people that share a name part.
-  """
-  statements = (w.HELD_OUT_STATEMENT,) if held_out else (0, 1, 2)
-  questions = (w.HELD_OUT_QUESTION,) if held_out else (0, 1)
-
-  def one(rng):
-    rng_documents, rng_other, rng_ask = jax.random.split(rng, 3)
-    ask = jax.random.uniform(rng_ask, (4,))
-
-    def draw(rng, relations=None):
-      return draw_documents(
-        world,
-        documents,
-        facts,
-        which=which,
-        scaffold=scaffold,
-        hard=hard,
-        statements=statements,
-        relations=relations,
-        rng=rng,
-      )
-
-    drawn = draw(rng_documents)
-    unit, weight, (d, f) = _question(world, drawn, 0.0, questions, True, ask)
-    firsts = drawn.values[:, f, 0]
-    wrong = jnp.where(jnp.arange(documents) == d, -1, firsts)
-    shown = drawn
-    if not gold:
-      # Another person's document on the same relations: only the person who
-      # is asked about is missing.
-      other = draw(rng_other, drawn.relations)
-      shown = _replace_document(drawn, other, d)
-    row = _row(world, shown, [(unit, weight)], size)
-    return Exam(row, wrong, row.weights == ANSWER_WEIGHT)
-
-  return jax.vmap(one)(jax.random.split(rng, num))
-
-
-def known_exam(
-  world: World, index: Int[Array, "B"], kind: int, *, size: int = 32
-) -> Exam:
-  """Ask known facts closed book; fact index = person * relations + relation.
-
-  Args:
-    kind: 0 or 1 a question template of training, HELD_OUT_KIND the other.
-  """
-
-  def one(index):
-    person, relation = index // w.NUM_RELATIONS, index % w.NUM_RELATIONS
-    unit, weight = known_unit(
-      world, person, relation, jnp.int32(kind), jnp.bool_(False)
-    )
-    row = w.join(unit[None], weight[None], jnp.ones(1, jnp.int32), size)
-    return Exam(row, jnp.full((1,), -1), row.weights == HALF_WEIGHT)
-
-  return jax.vmap(one)(index)
-
-
-def _replace_document(documents: Documents, other: Documents, d) -> Documents:
-  num, width = documents.values.shape[0], documents.units.shape[-1]
-  units = documents.units.reshape(num, -1, width)
-  units = units.at[d].set(other.units.reshape(num, -1, width)[d])
-  return documents._replace(units=units.reshape(-1, width))

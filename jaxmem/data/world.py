@@ -71,6 +71,25 @@ def _compile(vocab, text: str, width: int) -> np.ndarray:
   return np.array(ids + [NOTHING] * (width - len(ids)), np.int32)
 
 
+_PROSE_WORDS = (
+  words.ADJECTIVES,
+  words.NOUNS,
+  words.VERBS,
+  words.ADVERBS,
+  words.TIMES,
+)
+
+
+def _compile_prose(vocab, width: int) -> np.ndarray:
+  """Turn the sentences of prose into ids and slots."""
+  letters = dict(zip("ANVDT", range(ADJECTIVE, -15, -1), strict=True))
+  rows = []
+  for text in words.PROSE:
+    ids = [letters.get(w) or vocabulary.word_id(vocab, w) for w in text.split()]
+    rows.append(ids + [NOTHING] * (width - len(ids)))
+  return np.array(rows)
+
+
 def split_people(seed: int) -> tuple[np.ndarray, ...]:
   """Split name pairs; every name part is twice in known, often elsewhere."""
   rng = np.random.default_rng(seed)
@@ -125,12 +144,6 @@ def make_world(seed: int = 0, width: int = 24) -> World:
       values[r, :, 0] = find(words.VALUE_SETS[relation.values])
   names = np.stack([find(words.FIRST_NAMES), find(words.LAST_NAMES)])
   split, known, method, test = split_people(seed)
-  letters = dict(zip("ANVDT", range(ADJECTIVE, -15, -1), strict=True))
-  prose = []
-  for text in words.PROSE:
-    ids = [letters.get(w) or vocabulary.word_id(vocab, w) for w in text.split()]
-    prose.append(ids + [NOTHING] * (width - len(ids)))
-  groups = [words.ADJECTIVES, words.NOUNS, words.VERBS, words.ADVERBS]
   marks = [vocabulary.BOS, vocabulary.EOS, vocabulary.NEWLINE]
   marks = [vocab[mark] for mark in marks]
   marks += [vocabulary.word_id(vocab, role) for role in words.ROLES[:2]]
@@ -145,10 +158,8 @@ def make_world(seed: int = 0, width: int = 24) -> World:
     reversed=tasks(words.REVERSED),
     sum=_compile(vocab, words.SUM + turn, width),
     difference=_compile(vocab, words.DIFFERENCE + turn, width),
-    prose=np.array(prose),
-    prose_slots=np.stack(
-      [np.resize(find(g), 48) for g in [*groups, words.TIMES]]
-    ),
+    prose=_compile_prose(vocab, width),
+    prose_slots=np.stack([np.resize(find(g), 48) for g in _PROSE_WORDS]),
     values=values,
     of_person=np.array([r.values == "person" for r in relations]),
     numbers=find(words.NUMBERS),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.data import curriculum, vocabulary, words, world, world_sets
+from jaxmem.data import curriculum, exams, vocabulary, words, world, world_sets
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_join_by_hand():
 def test_exam_asks_what_its_documents_say(earth, tokenizer):
   draw = jax.jit(
     lambda rng: [
-      curriculum.draw_exam(earth, 8, size=192, gold=gold, rng=rng)
+      exams.draw_exam(earth, 8, size=192, gold=gold, rng=rng)
       for gold in (True, False)
     ]
   )
@@ -172,7 +172,7 @@ def test_world_sets():
 
 
 def test_known_facts_are_those_of_the_rows(earth, tokenizer):
-  exam = jax.jit(lambda i: curriculum.known_exam(earth, i, 0))(jnp.arange(24))
+  exam = jax.jit(lambda i: exams.known_exam(earth, i, 0))(jnp.arange(24))
   known = {
     (e.subject, e.relation): e.target for e in world_sets.known_facts(3072)
   }
