@@ -133,7 +133,7 @@ def test_stop_among_several_counts_polls_and_latches(monkeypatch):
   assert polls == [1, 2, 3]
 
 
-def test_main_runs_and_records(argv, tmp_path):
+def test_main_runs_and_records(argv, tmp_path, caplog):
   seen = []
 
   def run(config, workdir, stop):
@@ -146,6 +146,11 @@ def test_main_runs_and_records(argv, tmp_path):
   assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
     "config.json", "versions.json",
   ]  # fmt: skip
+
+  caplog.clear()
+  with pytest.raises(SystemExit):
+    launch.main(run, argv)
+  assert "config.json: a was 5 in this workdir and is now 1" in caplog.text
 
   def stopped(config, workdir, stop):
     os.kill(os.getpid(), signal.SIGTERM)

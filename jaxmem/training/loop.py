@@ -207,7 +207,8 @@ def train(
         meter.add(*pending)
         pending = None
       for event in due:  # before saving: a kill in between repeats them
-        logger.write(step, event.run(step, state))
+        if found := event.run(step, state):
+          logger.write(step, found)
       if saves:
         save()
       logger.progress(step)
