@@ -20,7 +20,7 @@ def linear(
   index: jax.Array | None = None,
   *,
   rng: jax.Array | None = None,
-  dropout: float = 0.0,
+  dropout: float | int = 0.0,
 ) -> jax.Array:
   """Return x W + b, plus the chosen adapter's low-rank term.
 

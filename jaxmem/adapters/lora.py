@@ -18,7 +18,7 @@ def init(
   targets: Sequence[str],
   rank: int,
   *,
-  alpha: float,
+  alpha: float | int,
   rng: jax.Array,
   number: int = 1,
   dtype=jnp.float32,

@@ -239,7 +239,7 @@ def block(
   adapter_index: jax.Array | None = None,
   constrain: Callable[[jax.Array], jax.Array] | None = None,
   rng: jax.Array | None = None,
-  adapter_dropout: float = 0.0,
+  adapter_dropout: float | int = 0.0,
 ) -> BlockOutput:
   """Run one layer.
 

@@ -210,7 +210,7 @@ def apply(
   constrain: Callable[[jax.Array], jax.Array] | None = None,
   remat: bool | Callable = False,
   rng: jax.Array | None = None,
-  adapter_dropout: float = 0.0,
+  adapter_dropout: float | int = 0.0,
   dtype=None,
 ) -> DecoderOutput:
   """Run the model over a batch.
