@@ -230,23 +230,28 @@ def copying_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
   The spans start anywhere and are of any length: at a fixed distance, a model
   would learn to look back by that distance and never to look for what it reads.
   Where every second row has 10 words, one previous word is not enough to find
-  the place. A span's first word, which nothing tells, has no weight.
+  the place. A span's first word, which nothing tells, has no weight. Short
+  passages come more often: among fewer places, the right one is found sooner.
   """
-  length = mix.size // 3
-  total = mix.size - 1 - length
-  some, base, start, jump, few = w.uniforms(
-    rng, (10,), (length,), (total,), (total,), ()
+  most = mix.size // 3
+  total = mix.size - 1 - most
+  some, base, start, jump, (few, long) = w.uniforms(
+    rng, (10,), (most,), (total,), (total,), (2,)
   )
+  length = 6 + w.integers(long**2, most - 6)
   some = world.words[w.integers(some, world.words.shape[0])]
   many = world.words[w.integers(base, world.words.shape[0])]
   base = jnp.where(few < 0.5, some[w.integers(base, 10)], many)
   time = jnp.arange(total)
   jumps = (jump < 1 / 8) | (time == 0)
   since = jax.lax.cummax(jnp.where(jumps, time, 0))
-  index = (w.integers(start, length)[since] + time - since) % length
-  ids = jnp.concatenate([world.marks[:1], base, base[index]])
+  first = (start * length).astype(jnp.int32)[since]
+  index = (first + time - since) % length
+  again = base[index]
+  base = jnp.where(jnp.arange(most) < length, base, w.NOTHING)
+  ids = jnp.concatenate([world.marks[:1], base, again])
   weights = jnp.concatenate(
-    [jnp.zeros(length + 1), jnp.where(jumps, 0.0, HALF_WEIGHT)]
+    [jnp.zeros(most + 1), jnp.where(jumps, 0.0, HALF_WEIGHT)]
   )
   return w.join(ids[None], weights[None], jnp.ones(1, jnp.int32), mix.size)
 
