@@ -232,7 +232,31 @@ def _windows(hf, family, layers):
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-  """Write the `config.json` of `config`, so that `from_hf` gives it back."""
+  """Return the `config.json` from which `from_hf` reads `config` again.
+
+  Raises:
+    ValueError: a config that no file of its family says (naming the fields).
+  """
+  out = _to_hf(config)
+  read = from_hf(out)
+  lost = [
+    field.name
+    for field in dataclasses.fields(config)
+    if getattr(read, field.name) != getattr(config, field.name)
+  ]
+  if lost:
+    wanted, found = (
+      ", ".join(f"{name}={getattr(one, name)}" for name in lost)
+      for one in (config, read)
+    )
+    raise ValueError(
+      f"a config.json of model_type {config.family!r} cannot say {wanted}: it "
+      f"would be read as {found}; use those values or another family"
+    )
+  return out
+
+
+def _to_hf(config: ModelConfig) -> dict[str, Any]:
   eos = config.eos_token_ids
   out = {
     "model_type": config.family,
