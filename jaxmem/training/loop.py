@@ -122,6 +122,76 @@ class _Profile:
       self._on = False
 
 
+class _Run:
+  """A run in progress: its state, its step, what is not yet logged."""
+
+  def __init__(
+    self, compiled, state, frozen, stream, rng, total_steps, logger,
+    checkpoints, log_steps, events, tracer,
+  ):  # fmt: skip
+    self.state, self.step = state, int(state.step)
+    self._compiled, self._frozen, self._rng = compiled, frozen, rng
+    self._stream, self._total, self._logger = stream, total_steps, logger
+    self._checkpoints, self._events = checkpoints, events
+    self._tracer, self._pending = tracer, None
+    known = _saved_steps(checkpoints)
+    self._saved = self.step if self.step in known else None
+    self._meter = _Meter(
+      logger, log_steps, total_steps, lambda at: _last_good(checkpoints, at)
+    )
+    self._intervals = [event.every_steps for event in events]
+    if checkpoints is not None:
+      self._intervals.append(checkpoints.every_steps)
+
+  def call(self):
+    """Start a compiled call, then read the metrics of the one before."""
+    self._tracer.at(self.step, self.state)
+    end = _next_stop(
+      self.step, self._total, self._compiled.steps_per_call, self._intervals,
+      self._tracer.marks,
+    )  # fmt: skip
+    batches = [self._stream.batch_at(at) for at in range(self.step, end)]
+    self.state, metrics = self._compiled.call(
+      self.state, self._frozen, batches, self._rng
+    )
+    before, self._pending = self._pending, (self.step, metrics)
+    self.step = end
+    if before is not None:
+      self._meter.add(*before)
+
+  def between(self):
+    """Do what is due at this step."""
+    due = [e for e in self._events if self._is_due(e.every_steps)]
+    for event in due:  # before saving: a kill in between repeats them
+      self._settle()
+      self._logger.write(self.step, event.run(self.step, self.state))
+    if self._checkpoints and self._is_due(self._checkpoints.every_steps):
+      self.save()
+    self._logger.progress(self.step)
+
+  def save(self):
+    """Save the state, unless it is; nothing that is not finite is saved."""
+    self._settle()
+    if self._checkpoints is None or self._saved == self.step:
+      return
+    checkpoint.save(
+      self._checkpoints.root,
+      self.state,
+      position=self._stream.position(),
+      fingerprint=self._checkpoints.fingerprint,
+      keep=self._checkpoints.keep,
+    )
+    self._saved = self.step
+
+  def _settle(self):
+    if self._pending is not None:
+      self._meter.add(*self._pending)
+    self._pending = None
+
+  def _is_due(self, every):
+    return self.step == self._total or every > 0 and self.step % every == 0
+
+
 def train(
   compiled: Compiled,
   state: TrainState,
@@ -141,10 +211,9 @@ def train(
   """Train from the state's step to `total_steps`.
 
   Calls of `compiled.steps_per_call` steps are cut short at saves, events and
-  the end, so nothing depends on that number: all of them happen at the steps
-  they are due. While one call runs, the next one's batches are made and the one
-  before is logged. When `stop` says so, the state is saved after the current
-  call.
+  the end, so nothing depends on that number. While one call runs, the next
+  one's batches are made and the one before is logged. When `stop` says so, the
+  state is saved after the current call.
 
   Args:
     compiled: from `parallel.compile_step`; the given state is consumed.
@@ -153,9 +222,8 @@ def train(
     rng: the run's key; steps fold their number in.
     logger: made with the state's step as `first_step`.
     stop: polled between calls with the current step.
-    log_steps: a line of means every so many steps.
-    profile: (start, n) writes a `jax.profiler` trace of n steps.
-    profile_dir: where to.
+    log_steps: a line of means every so many steps; 0 for the last step's only.
+    profile: (start, n) writes a `jax.profiler` trace of n steps to profile_dir.
 
   Raises:
     FloatingPointError: a loss or gradient that is not finite, with its step
@@ -164,64 +232,20 @@ def train(
   """
   if profile is not None and profile_dir is None:
     raise ValueError("profile needs profile_dir: where to write the trace")
-  step = int(state.step)
-  saved = step if step in _saved_steps(checkpoints) else None
   tracer = _Profile(profile, profile_dir)
-  meter = _Meter(
-    logger, log_steps, total_steps, lambda at: _last_good(checkpoints, at)
-  )
-  intervals = [event.every_steps for event in events]
-  if checkpoints is not None:
-    intervals.append(checkpoints.every_steps)
-  pending, stopped = None, False
-
-  def save():
-    nonlocal saved
-    if checkpoints is None or saved == step:
-      return
-    checkpoint.save(
-      checkpoints.root, state, position=stream.position(),
-      fingerprint=checkpoints.fingerprint, keep=checkpoints.keep,
-    )  # fmt: skip
-    saved = step
-
+  run = _Run(
+    compiled, state, frozen, stream, rng, total_steps, logger, checkpoints,
+    log_steps, events, tracer,
+  )  # fmt: skip
+  stopped = False
   try:
-    while step < total_steps:
-      stopped = stop(step)
-      if stopped:
-        break
-      tracer.at(step, state)
-      end = _next_stop(
-        step, total_steps, compiled.steps_per_call, intervals, tracer.marks
-      )
-      batches = [stream.batch_at(i) for i in range(step, end)]
-      state, metrics = compiled.call(state, frozen, batches, rng)
-      if pending is not None:
-        meter.add(*pending)
-      pending, step = (step, metrics), end
-      due = [e for e in events if _is_due(step, e.every_steps, total_steps)]
-      saves = checkpoints is not None and _is_due(
-        step, checkpoints.every_steps, total_steps
-      )
-      if due or saves:
-        meter.add(*pending)
-        pending = None
-      for event in due:  # before saving: a kill in between repeats them
-        if found := event.run(step, state):
-          logger.write(step, found)
-      if saves:
-        save()
-      logger.progress(step)
-    if pending is not None:
-      meter.add(*pending)
-    save()
+    while run.step < total_steps and not (stopped := stop(run.step)):
+      run.call()
+      run.between()
+    run.save()
   finally:
     tracer.end()
-  return Trained(state, finished=not stopped)
-
-
-def _is_due(step, every, total_steps):
-  return step == total_steps or every > 0 and step % every == 0
+  return Trained(run.state, finished=not stopped)
 
 
 def _saved_steps(checkpoints):

@@ -73,18 +73,28 @@ def cross_entropy(
   if num_labels <= chunk:
     return piece(hidden, label_index, labels, label_valid)
 
-  def split(leaf):
-    padded = jnp.pad(leaf, ((0, 0), (0, -num_labels % chunk)))
-    pieces = padded.reshape(leaf.shape[0], -1, chunk)
-    return jnp.swapaxes(pieces, 0, 1)
-
-  def join(leaf):
-    whole = jnp.swapaxes(leaf, 0, 1).reshape(labels.shape[0], -1)
-    return whole[:, :num_labels]
-
   _, (nll, hit) = jax.lax.scan(
     lambda _, args: (None, jax.checkpoint(piece)(hidden, *args)),
     None,
-    (split(label_index), split(labels), split(label_valid)),
+    _pieces((label_index, labels, label_valid), chunk),
   )
-  return join(nll), join(hit)
+  return _whole((nll, hit), num_labels)
+
+
+def _pieces(tree, chunk):
+  """[R, Q] to [pieces, R, chunk], padded with zeros."""
+
+  def leaf(x):
+    padded = jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk)))
+    return jnp.swapaxes(padded.reshape(x.shape[0], -1, chunk), 0, 1)
+
+  return jax.tree.map(leaf, tree)
+
+
+def _whole(tree, num_labels):
+  """The inverse of `_pieces`."""
+
+  def leaf(x):
+    return jnp.swapaxes(x, 0, 1).reshape(x.shape[1], -1)[:, :num_labels]
+
+  return jax.tree.map(leaf, tree)

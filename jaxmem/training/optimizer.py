@@ -241,7 +241,10 @@ def set_pace(
   make_schedule(
     "constant", rate, total_steps=total_steps, warmup_steps=warmup_steps
   )
-  is_pace = lambda leaf: isinstance(leaf, Pace)
+
+  def is_pace(leaf):
+    return isinstance(leaf, Pace)
+
   if not any(map(is_pace, jax.tree.leaves(opt_state, is_leaf=is_pace))):
     raise ValueError("this optimiser has no pace to set: end it in follow_pace")
 

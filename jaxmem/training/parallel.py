@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxmem.training.checksum import leaf_checksum
 from jaxmem.training.optimizer import path_names
 
 AXES = ("data", "fsdp", "tensor")
@@ -238,10 +239,6 @@ def stack_batches(batches: list, steps_per_call: int) -> Any:
   return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
-def _num_rows(batch, leading):
-  return jax.tree.leaves(batch)[0].shape[leading]
-
-
 def _first(metrics, count):
   """The steps that were made; a full call costs no further program."""
   return {k: v if len(v) == count else v[:count] for k, v in metrics.items()}
@@ -285,14 +282,7 @@ def compile_step(
   )
 
   def call(state, frozen, batches, rng):
-    stacked = stack_batches(batches, steps_per_call)
-    rows = _num_rows(stacked, 1) * _process_share(mesh)
-    if rows % row_shards(mesh):
-      raise ValueError(
-        f"batch of {rows} rows is not divisible by data x fsdp = "
-        f"{row_shards(mesh)} shards: change the batch size or the mesh"
-      )
-    placed = place(stacked, mesh, rows, leading=1)
+    placed = _place_steps(batches, mesh, steps_per_call)
     state, metrics = jitted(state, frozen, placed, rng, len(batches))
     return state, _first(metrics, len(batches))
 
@@ -311,9 +301,17 @@ def compile_step(
   )
 
 
-def _process_share(mesh):
-  """How many times the global batch is larger than this process's rows."""
-  return row_shards(mesh) // len(local_rows(mesh, row_shards(mesh)))
+def _place_steps(batches, mesh, steps_per_call):
+  """Host batches of several steps, this process's rows, as global arrays."""
+  stacked, shards = stack_batches(batches, steps_per_call), row_shards(mesh)
+  share = shards // len(local_rows(mesh, shards))  # processes, by rows
+  rows = jax.tree.leaves(stacked)[0].shape[1] * share
+  if rows % shards:
+    raise ValueError(
+      f"batch of {rows} rows is not divisible by data x fsdp = {shards} "
+      "shards: change the batch size or the mesh"
+    )
+  return place(stacked, mesh, rows, leading=1)
 
 
 def compile_step_pmap(
@@ -370,31 +368,9 @@ def compile_function(fn: Callable[..., Any], **jit: Any) -> Callable[..., Any]:
   return jax.jit(fn, **jit)
 
 
-def _leaf_checksum(x):
-  """Two 32-bit sums of a leaf's bits, weighted by odd functions of place."""
-  size = x.dtype.itemsize
-  if x.dtype == jnp.bool_:
-    bits = x.astype(jnp.uint32)
-  elif size > 4:
-    raise ValueError(f"checksum of a {x.dtype} leaf is not supported")
-  else:
-    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[size]
-    bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-  rank = jnp.zeros(x.shape, jnp.uint32)
-  for axis in range(x.ndim):
-    along = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    rank = rank * jnp.uint32(x.shape[axis]) + along
-  first = rank * jnp.uint32(2654435761)
-  first = first ^ (first >> 15)
-  second = (rank + jnp.uint32(1)) * jnp.uint32(2246822519)
-  second = second ^ (second >> 13)
-  weights = (first | jnp.uint32(1), second | jnp.uint32(1))
-  return jnp.stack([(bits * w).sum(dtype=jnp.uint32) for w in weights])
-
-
 @jax.jit
 def _all_checksums(leaves):
-  return jnp.stack([_leaf_checksum(leaf) for leaf in leaves])
+  return jnp.stack([leaf_checksum(leaf) for leaf in leaves])
 
 
 def checksums(tree: Any) -> list[str]:

@@ -66,6 +66,7 @@ class Gather:
 
 
 LossFn = Callable[..., tuple[jax.Array, LossAux]]
+PostUpdate = Callable[[TrainState, StepAux, jax.Array], TrainState]
 StepFn = Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, dict]]
 
 
@@ -147,14 +148,27 @@ def _ratio(total, count):
   return total / jnp.where(count == 0, 1, count)
 
 
+def _metrics(loss_sum, count, grads, sums_counts):
+  """All of a step's metrics as float32 scalars."""
+  metrics = {
+    "loss": _ratio(loss_sum, count),
+    "count": count,
+    "grad_norm": optax.tree.norm(grads),
+  }
+  taken = sorted(set(metrics) & set(sums_counts))
+  if taken:
+    raise ValueError(f"metric names {taken} are the step's own: rename them")
+  metrics |= {k: _ratio(*v) for k, v in sums_counts.items()}
+  return jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
+
+
 def make_train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
   *,
   axis_name: str | None = None,
   microbatches: int = 1,
-  post_update: Callable[[TrainState, StepAux, jax.Array], TrainState]
-  | None = None,
+  post_update: PostUpdate | None = None,
 ) -> StepFn:
   """Make `step(state, frozen, batch, rng) -> (state, metrics)`.
 
@@ -205,15 +219,6 @@ def make_train_step(
     if post_update is not None:
       aux = StepAux(count, sums_counts, sums, grads)
       state = post_update(state, aux, rng_update)
-    metrics = {
-      "loss": _ratio(loss_sum, count),
-      "count": count,
-      "grad_norm": optax.tree.norm(grads),
-    }
-    taken = sorted(set(metrics) & set(sums_counts))
-    if taken:
-      raise ValueError(f"metric names {taken} are the step's own: rename them")
-    metrics |= {k: _ratio(*v) for k, v in sums_counts.items()}
-    return state, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
+    return state, _metrics(loss_sum, count, grads, sums_counts)
 
   return train_step

@@ -13,6 +13,12 @@ from tests.training import toy
 
 TX = optimizer.adamw(1e-2)
 RNG = jax.random.key(0)
+TRACES = []
+
+
+def counted_loss(*args, **kwargs):
+  TRACES.append(1)
+  return toy.loss_fn(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +28,7 @@ def compiled():
   state = jax.eval_shape(lambda: step.init_state(toy.params(), TX))
   return {
     n: parallel.compile_step(
-      step.make_train_step(toy.loss_fn, TX), state, toy.frozen(), mesh=mesh,
+      step.make_train_step(counted_loss, TX), state, toy.frozen(), mesh=mesh,
       steps_per_call=n,
     )
     for n in (1, 8)
@@ -48,7 +54,7 @@ def assert_same(got, want):
 
 
 def test_nothing_depends_on_steps_per_call(compiled, tmp_path):
-  outs, seen = [], {1: [], 8: []}
+  outs, seen, traces = [], {1: [], 8: []}, []
   for n in (1, 8):
 
     def look(at, state, n=n):
@@ -60,9 +66,13 @@ def test_nothing_depends_on_steps_per_call(compiled, tmp_path):
       checkpoints=loop.Checkpoints(tmp_path / f"{n}c", every_steps=9, keep=5),
     )  # fmt: skip
     outs.append(done.state)
+    traces.append(len(TRACES))
     assert done.finished
     assert checkpoint.steps(tmp_path / f"{n}c") == [9, 18, 20]
   assert_same(*outs)
+  train(compiled[8], tmp_path / "again")
+  assert traces[1] == 2 * traces[0], "calls of any length are one program"
+  assert len(TRACES) == traces[1]
   assert [at for at, _ in seen[1]] == [7, 14, 20] and seen[1] == seen[8]
   rows = read_metrics(tmp_path / "8")
   assert sorted(map(str, rows)) == sorted(

@@ -285,3 +285,29 @@ def test_a_checksum_knows_bits_and_places_but_not_devices():
   flags = x > 0
   others = [flipped, swapped, half, flags, ~flags, x.astype(np.int32)]
   assert len({plain, *parallel.checksums(others)}) == 7
+
+
+def test_gather_differentiates_through_examples_of_other_devices():
+  """In-batch softmax: every row is scored against the rows of all devices."""
+
+  def loss_fn(params, memory, frozen, batch, *, rng, gather):
+    here = batch["x"] @ params["kernel"]
+    everyone = gather(jnp.tanh(here))
+    own = gather.index() * len(here) + jnp.arange(len(here))
+    nll = loss.token_nll(here @ everyone.T, own)
+    return nll.sum(), step.LossAux(memory, jnp.float32(len(here)), {})
+
+  tx, rng = optax.sgd(1.0), jax.random.key(0)
+  draw = np.random.default_rng(0).normal
+  kernel = jnp.asarray(draw(size=(4, 4)), jnp.float32)
+  batch = {"x": draw(size=(16, 4)).astype(np.float32)}
+  state = step.init_state({"kernel": kernel}, tx)
+  one = step.make_train_step(loss_fn, tx)
+  whole, want = jax.jit(one)(state, (), batch, rng)
+  apart = step.make_train_step(loss_fn, tx, axis_name=parallel.PMAP_AXIS)
+  compiled = parallel.compile_step_pmap(apart)
+  got_state, got = compiled.call(state, (), [batch], rng)
+  np.testing.assert_allclose(got["loss"][0], want["loss"], rtol=1e-6)
+  np.testing.assert_allclose(
+    got_state.params["kernel"], whole.params["kernel"], rtol=1e-5, atol=1e-6
+  )
