@@ -34,6 +34,7 @@ def _stage(**values) -> ConfigDict:
       "questions": 4,
       "scaffold": 0.5,  # share of questions that are unfinished statements
       "scaffold_documents": 0.5,  # share of facts in the scaffold's order
+      "register": 0.0,  # share of the scaffold that is a register's entries
       "filler": 0.0,  # share of documents with a sentence of prose
       "hard": 1.0,  # share of pairs of people that share a name part
       "max_steps": 10_000,

@@ -34,6 +34,7 @@ class Mix(NamedTuple):
   questions: int = 3
   scaffold: float = 0.6  # share of questions that are unfinished statements
   scaffold_documents: float = 0.6  # share of facts in the scaffold's order
+  register: float = 0.0  # share of the scaffold that is a register's entries
   filler: float = 0.0  # share of documents with a sentence of prose
   hard: float = 1.0  # share of pairs of people that share a name part
 
@@ -96,6 +97,7 @@ def draw_documents(
   *,
   which: int,
   scaffold: float,
+  register: float = 0.0,
   filler: float = 0.0,
   hard: float = 1.0,
   statements: tuple[int, ...] = (0, 1, 2),
@@ -107,6 +109,7 @@ def draw_documents(
   Args:
     which: split of the people.
     scaffold: share of facts in the order of template 0.
+    register: share of those that are a register's entries.
     filler: share of documents that carry a sentence of prose.
     hard: share of pairs of people that share a name part.
     statements: templates that the other facts are drawn from.
@@ -115,7 +118,7 @@ def draw_documents(
   width = world.statements.shape[-1]
   u = w.uniforms(
     rng, (num,), (2, num), (num, 128), (w.NUM_RELATIONS,),
-    (facts, w.NUM_VALUES), (facts, num), (3, num, facts), (2, num),
+    (facts, w.NUM_VALUES), (facts, num), (4, num, facts), (2, num),
     (num, 2, width),
   )  # fmt: skip
   names = w.draw_people(
@@ -128,7 +131,8 @@ def draw_documents(
   values = w.draw_values(world, relations, u[4], u[5], which=split)
   order = jnp.argsort(u[6][0], axis=1)
   plain = jnp.array(statements)[w.integers(u[6][1], len(statements))]
-  kind = jnp.where(u[6][2] < scaffold, SCAFFOLD, plain)
+  order_of_scaffold = jnp.where(u[6][3] < register, w.REGISTER, SCAFFOLD)
+  kind = jnp.where(u[6][2] < scaffold, order_of_scaffold, plain)
 
   def fact(person, value, relation, kind):
     return w.fill(world.statements[relation, kind], person, value)
@@ -155,9 +159,10 @@ def ask_fact(
   world: World,
   documents: Documents,
   scaffold: float,
+  register: float,
   templates: tuple[int, ...],
   first: bool,
-  uniform: Float[Array, "4"],
+  uniform: Float[Array, "5"],
 ):
   """Ask for one fact of one document, as a question or a statement."""
   num, facts = documents.values.shape[:2]
@@ -166,7 +171,8 @@ def ask_fact(
   relation, value = documents.relations[f], documents.values[d, f]
   kind = jnp.array(templates)[w.integers(uniform[3], len(templates))]
   question = world.questions[relation, kind]
-  statement = world.statements[relation, SCAFFOLD]
+  order = jnp.where(uniform[4] < register, w.REGISTER, SCAFFOLD)
+  statement = world.statements[relation, order]
   template = jnp.where(is_scaffold, statement, question)
   weight = jnp.where(
     is_scaffold,
@@ -205,13 +211,16 @@ def reading_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
     mix.facts,
     which=w.METHOD,
     scaffold=mix.scaffold_documents,
+    register=mix.register,
     filler=mix.filler,
     hard=mix.hard,
     rng=rng_documents,
   )
-  ask = jax.random.uniform(rng_ask, (mix.questions, 4))
+  ask = jax.random.uniform(rng_ask, (mix.questions, 5))
   asked = [
-    ask_fact(world, documents, mix.scaffold, (0, 1), q == 0, ask[q])
+    ask_fact(
+      world, documents, mix.scaffold, mix.register, (0, 1), q == 0, ask[q]
+    )
     for q in range(mix.questions)
   ]
   return prompt_row(world, documents, asked, mix.size)

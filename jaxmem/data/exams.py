@@ -51,7 +51,7 @@ def draw_exam(
 
   def one(rng):
     rng_documents, rng_other, rng_ask = jax.random.split(rng, 3)
-    ask = jax.random.uniform(rng_ask, (4,))
+    ask = jax.random.uniform(rng_ask, (5,))
 
     def draw(rng, relations=None):
       return curriculum.draw_documents(
@@ -68,7 +68,7 @@ def draw_exam(
 
     drawn = draw(rng_documents)
     unit, weight, (d, f) = curriculum.ask_fact(
-      world, drawn, 0.0, questions, True, ask
+      world, drawn, 0.0, 0.0, questions, True, ask
     )
     firsts = drawn.values[:, f, 0]
     wrong = jnp.where(jnp.arange(documents) == d, -1, firsts)

@@ -34,6 +34,7 @@ def world_words() -> tuple[str, ...]:
   """List the words that are one token, in the order of their ids."""
   templates = [t for r in words.RELATIONS for t in r.statements + r.questions]
   templates += words.PROSE
+  templates += [words.REGISTER]
   templates += [words.VERIFY, words.CHOOSE, words.TWO_HOP, words.REVERSED]
   templates += [words.SUM, words.DIFFERENCE]
   templates += [relation.noun for relation in words.RELATIONS]

@@ -283,6 +283,10 @@ RELATIONS = (
   ),
 )
 
+# A register's entry: the value stands right after the name, so that copying
+# alone can find it. The first thing that a small model learns to look up.
+REGISTER = "% : @ # ."
+
 # Tasks other than plain questions; `%` is the relation's noun.
 VERIFY = "Is # the % of @ ?"
 CHOOSE = "Is the % of @ # or ~ ?"

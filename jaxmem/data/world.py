@@ -23,13 +23,14 @@ VALUE, OTHER, ANSWER = -4, -6, -8  # two tokens each: slot, slot - 1
 ADJECTIVE, NOUN, VERB = -10, -11, -12  # slots of prose; adverb and time follow
 KNOWN, METHOD, TEST = 0, 1, 2
 HELD_OUT_STATEMENT, HELD_OUT_QUESTION = 3, 2  # template index, in no training
+REGISTER = 4  # the statement that is a register's entry
 NUM_RELATIONS, NUM_VALUES = len(words.RELATIONS), 64
 
 
 class World(NamedTuple):
   """Everything a draw needs; arrays of ids, so that a draw can be compiled."""
 
-  statements: Int[Array, "relation 4 W"]
+  statements: Int[Array, "relation 5 W"]  # four, and the register's
   questions: Int[Array, "relation 3 W"]  # with the answer's turn
   verify: Int[Array, "relation W"]
   choose: Int[Array, "relation W"]
@@ -148,7 +149,12 @@ def make_world(seed: int = 0, width: int = 24) -> World:
   marks = [vocab[mark] for mark in marks]
   marks += [vocabulary.word_id(vocab, role) for role in words.ROLES[:2]]
   world = World(
-    statements=np.stack([table(r.statements) for r in relations]),
+    statements=np.stack(
+      [
+        table([*r.statements, words.REGISTER.replace("%", r.noun)])
+        for r in relations
+      ]
+    ),
     questions=np.stack(
       [table([q + turn for q in r.questions]) for r in relations]
     ),
