@@ -121,6 +121,7 @@ def _compat() -> ConfigDict:
     {
       "pad_loss": False,  # pads carry loss; needs train.layout=padded
       "unstripped_prompt": False,  # blanks of questions stay at evaluation
+      "slice_by_characters": False,  # an answer is what follows that many
       "fixed_order": False,  # one order for all epochs, last batch dropped
       "cut_after_mix": False,  # non-factoid sets: mixed rows fall off
       "short_pool": False,  # a pool too small is taken whole

@@ -9,30 +9,40 @@ Stages in a row, each from the weights of the one before:
   retention = Acc(D_a; theta_b), forgetting = Acc(D_a; theta_a) - retention
 
 The loss is `methods/remix.make_loss`, mixing `data/mixing.make_stage`, the
-baselines `methods/baselines.make_method`, scores `evaluation/factoids`. Writes
-result.json (percent), correct.json (each fact, for paired tests), predictions
+baselines `methods/baselines.make_method`, the familiarity filter
+`evaluation/familiarity`, scores `evaluation/factoids` and `retention`, where
+facts live `methods/where_facts_live`. Writes result.json (percent),
+correct.json (each fact, for paired tests), and after every stage predictions
 and eval_metrics.json in the release's layout. A restart goes on from the last
 checkpoint; runs with equal first stages share their weights (config.cache).
 """
 
 import functools
 import json
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from jaxmem import launch
 from jaxmem.data import mixing, packing, stages
-from jaxmem.data.tokenize import Encoded
-from jaxmem.evaluation import factoids
-from jaxmem.methods import baselines, chain, remix_setup
-from jaxmem.methods.remix_setup import Base
-from jaxmem.training import parallel
+from jaxmem.evaluation import factoids, retention
+from jaxmem.methods import (
+  baselines,
+  chain,
+  remix_report,
+  remix_setup,
+  remix_stages,
+  where_facts_live,
+)
+from jaxmem.methods.remix_setup import Base, Sets
 
 RESULT_FILE, CORRECT_FILE = "result.json", "correct.json"
+_log = logging.getLogger("jaxmem.experiments.remix")
 
 
 class Experiment(NamedTuple):
@@ -42,8 +52,7 @@ class Experiment(NamedTuple):
   workdir: pathlib.Path
   stop: launch.Stop
   base: Base
-  sets: dict[str, list[Encoded]]  # by letter
-  probes: dict[str, list[Encoded]]  # known facts, other wordings, prose
+  sets: Sets
 
 
 class Stage(NamedTuple):
@@ -51,30 +60,41 @@ class Stage(NamedTuple):
 
   weights: Any
   record: dict[str, Any]
-  replayed: list[Encoded]
+  data: stages.StageData
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Run the whole chain and write its results."""
   base = remix_setup.load_base(config)
-  sets = remix_setup.load_sets(config, base)
-  probes = remix_setup.load_probes(config, base, sets)
-  exp = Experiment(config, workdir, stop, base, sets, probes)
-  plan = remix_setup.plan(config, sets)
+  sets = remix_setup.load_sets(config, base, workdir, stop)
+  if sets is None:
+    return
+  exp = Experiment(config, workdir, stop, base, sets)
+  plan = remix_stages.plan(config, sets)
   weights, key, shape = base.weights, base.name, None
-  done, scores = [], [score(exp, weights)]
+  done: list[Stage] = []
+  ask = functools.partial(
+    remix_report.report, config, base, sets, workdir=workdir, stop=stop
+  )
+  reports = [ask(weights, 0)]
+  if reports[0] is None:
+    return
   for k, step in enumerate(plan):
     data, pace = prepare(exp, step, shape)
     shape = shape or data.shape
-    key = remix_setup.stage_key(config, key, step, sets)
+    key = remix_stages.stage_key(config, key, step, sets)
     last = k + 1 == len(plan)
     stage = run_stage(exp, step, data, pace, weights, key, last=last)
     if stage is None:
       return
     weights = stage.weights
     done.append(stage)
-    scores.append(score(exp, weights))
-  write_results(exp, plan, done, scores)
+    reports.append(ask(weights, k + 1))
+    if reports[-1] is None:
+      return
+  if config.eval.analysis and not analyse(exp, done):
+    return
+  write_results(exp, plan, done, reports)
 
 
 def prepare(
@@ -82,11 +102,11 @@ def prepare(
 ) -> tuple[stages.StageData, chain.Pace | None]:
   """Make a stage's data, for as many epochs as it may take."""
   make = functools.partial(
-    remix_setup.stage_data, exp.config, exp.base, step, exp.sets, shape
+    remix_stages.stage_data, exp.config, exp.base, step, exp.sets, shape
   )
   epochs = exp.config.train.epochs
   data = make(epochs)
-  pace = remix_setup.matched_pace(exp.config, exp.workdir, step, data)
+  pace = remix_stages.matched_pace(exp.config, exp.workdir, step, data)
   if pace and pace.most_steps > epochs * data.order.steps_per_epoch:
     data = make(-(-pace.most_steps // data.order.steps_per_epoch))
   return data, pace
@@ -103,17 +123,17 @@ def run_stage(
   last: bool,
 ) -> Stage | None:
   """Train a stage, or take its weights from the cache; None when stopped."""
-  config, bench = exp.config, exp.base.bench
+  config, letters = exp.config, sorted(exp.sets.rows)
   cache = exp.workdir / config.cache if config.cache and not last else None
   trained = chain.load_weights(cache, key, weights) if cache else None
   if trained is None:
-    rng = jax.random.fold_in(jax.random.key(config.seed), len(step.letter))
+    number = letters.index(step.letter)
+    rng = jax.random.fold_in(jax.random.key(config.seed), number)
     rng_method, rng_steps = jax.random.split(rng)
-    method = make_method(exp, step, weights, rng_method)
     trained = chain.train_stage(
-      bench,
+      exp.base.bench,
       step.letter,
-      method,
+      make_method(exp, step, weights, rng_method),
       data,
       program=f"{step.method} {config.method.kl_inputs}",
       pace=pace,
@@ -126,21 +146,24 @@ def run_stage(
       return None
     if cache:
       chain.save_weights(cache, key, trained.weights, trained.record)
-  overlap = mixing.overlap([row.example for row in exp.sets["a"]], data.mixed)
+  facts = [row.example for row in exp.sets.rows["a"]]
+  mixed = [row.example for row in data.table(mixing.MIXED)]
+  overlap = mixing.overlap(facts, mixed)
   record = trained.record | {"overlap": overlap._asdict()}
-  return Stage(trained.weights, record, data.replayed(record["steps"]))
+  _log.info("stage %s: %s", step.letter, record)
+  return Stage(trained.weights, record, data)
 
 
 def make_method(
   exp: Experiment, step: chain.StagePlan, weights: Any, rng: jax.Array
 ) -> baselines.Method:
   """Set up a stage's baseline, anchored at the weights it starts with."""
-  settings, bench = exp.config.method, exp.base.bench
+  settings, bench, sets = exp.config.method, exp.base.bench, exp.sets
   rng_draw, rng_fisher = jax.random.split(rng)
   importance = None
   if step.method == "ewc":
-    before = [rows for name, rows in exp.sets.items() if name < step.letter]
-    before = before or [exp.probes["known"]]  # what theta_0 knows
+    before = [rows for name, rows in sets.rows.items() if name < step.letter]
+    before = before or [sets.probes.get("known", [])]  # what theta_0 knows
     importance = bench.fisher(
       weights,
       [row for rows in before for row in rows],
@@ -148,9 +171,9 @@ def make_method(
       rng=rng_fisher,
       batch_size=settings.fisher_batch,
     )
-  # A compiled step consumes its parameters; theta_0 is needed once more.
-  if weights is exp.base.weights:
-    weights = jax.tree.map(jax.numpy.copy, weights)
+  # A compiled step consumes its parameters; these are needed once more.
+  if weights is exp.base.weights or exp.config.eval.analysis:
+    weights = jax.tree.map(jnp.copy, weights)
   return baselines.make_method(
     step.method,
     bench.model,
@@ -165,62 +188,50 @@ def make_method(
   )
 
 
-def score(exp: Experiment, weights: Any) -> dict[str, factoids.Scores]:
-  """Score all sets and probes by teacher forcing."""
-  groups = exp.sets | exp.probes
-  scored = factoids.score_rows(
-    exp.base.bench.score_batch(weights),
-    [row for rows in groups.values() for row in rows],
+def analyse(exp: Experiment, done: list[Stage]) -> bool:
+  """Look where the facts of the first stage live; False when stopped."""
+  bench = exp.base.bench
+  pack = functools.partial(
+    factoids.pack_rows,
     batch_tokens=exp.config.eval.batch_tokens,
-    multiple=parallel.row_shards(exp.base.bench.mesh),
+    multiple=bench.shards,
   )
-  ends = np.cumsum([len(rows) for rows in groups.values()])
-  parts = zip(*(np.split(leaf, ends[:-1]) for leaf in scored), strict=True)
-  return {
-    name: factoids.Scores(*part)
-    for name, part in zip(groups, parts, strict=True)
-  }
+  first, last = done[0], done[-1]
+  later = last is not first
+  mixed = last.data.table(mixing.MIXED) if later else []
+  found = where_facts_live.analyse(
+    bench.model,
+    first.weights,
+    last.weights if later else None,
+    pack(exp.sets.rows["a"]),
+    other=pack(last.data.main) if later else (),
+    mixed=pack(mixed) if mixed else (),
+    mesh=bench.mesh,
+    workdir=exp.workdir / "analysis",
+    stop=exp.stop,
+  )
+  return found is not None
 
 
-def write_results(exp, plan, done, scores) -> None:
+def write_results(exp, plan, done, reports) -> None:
   """Write result.json, last of all files, and what goes with it."""
-  letters, before, after = sorted(exp.sets), scores[0], scores[-1]
-  replayed = {id(row) for stage in done for row in stage.replayed}
-  never = np.array([id(row) not in replayed for row in exp.sets["a"]])
-  first = scores[1]["a"].accuracy
-  retention = after["a"].accuracy
-  result: dict[str, Any] = {
-    "retention": retention,
-    "forgetting": first - retention,
-    "stage1_accuracy": first,
-  }
-  if len(letters) > 1:
-    result["plasticity"] = after[letters[-1]].accuracy
-  if not never.all():
-    fresh = after["a"].exact[never]
-    result["retention_never_replayed"] = 100.0 * float(fresh.mean())
-  for name in ("known", "held_out", "reversed"):
-    if exp.probes.get(name):
-      result[f"{name}_before"] = before[name].accuracy
-      result[f"{name}_after"] = after[name].accuracy
-  if exp.probes.get("prose"):
-    result["perplexity_before"] = before["prose"].perplexity
-    result["perplexity_after"] = after["prose"].perplexity
+  letters = sorted(exp.sets.rows)
+  taken = {id(row) for s in done for row in s.data.replayed(s.record["steps"])}
+  replayed = np.array([id(row) in taken for row in exp.sets.rows["a"]])
+  result: dict[str, Any] = retention.headline(
+    reports, letters, replayed=replayed if replayed.any() else None
+  )
   for name in ("steps", "tokens", "seconds"):
     result[name] = sum(stage.record[name] for stage in done)
-  result["seed"] = exp.config.seed
-  result["base"] = exp.base.name
+  result |= {"seed": exp.config.seed, "base": exp.base.name}
   result["stages"] = {
     step.letter: stage.record | {"data": step.data, "mix": step.mix}
     for step, stage in zip(plan, done, strict=True)
   }
-  result["accuracy"] = {
-    f"after_{k}": {x: found[x].accuracy for x in letters}
-    for k, found in enumerate(scores)
-  }
+  result["accuracy"] = retention.accuracies(reports, letters)
   correct = {
-    f"after_{k}": {x: found[x].exact.astype(int).tolist() for x in letters}
-    for k, found in enumerate(scores)
+    f"after_{k}": {x: found.correct(x).astype(int).tolist() for x in letters}
+    for k, found in enumerate(reports)
   }
   if jax.process_index() == 0:
     (exp.workdir / CORRECT_FILE).write_text(json.dumps(correct))

@@ -44,10 +44,20 @@ def is_factoid(name: str) -> bool:
   return not known or sets.find(head)[0].kind in ("factoid", "choice")
 
 
+def is_set(name: str) -> bool:
+  """Whether a name means a set of the world or of `sets.SETS`."""
+  return name in WORLD or _is_set(name.partition(":")[0])
+
+
+def twins() -> tuple[str, ...]:
+  """Names of factoid sets that mean the rows after the first ones."""
+  return tuple(f"{n}B" for n, s in sets.SETS.items() if s.kind == "factoid")
+
+
 def load_set(
   name: str,
   *,
-  size: int,
+  size: int | None,
   place: int = 0,
   seed: int = 0,
   on_error: str = "raise",
@@ -58,7 +68,8 @@ def load_set(
 
   Args:
     name: see the module.
-    size: facts wanted; sets that are not factoids come whole.
+    size: facts wanted, None for all (not of what is generated); sets that
+      are not factoids come whole.
     place: number of the stage; world facts of different places are of
       disjoint people.
     seed: of what is generated.
@@ -70,6 +81,8 @@ def load_set(
   Raises:
     ValueError: an unknown name, no source, or see `sets.load`.
   """
+  if size is None and name in (*WORLD, "kvr", "kvrB"):
+    raise ValueError(f"data set {name!r} is generated: give its size")
   if name in WORLD:
     examples = _world(name, size, place, seed, name_groups)
     return sets.Loaded(list(examples), {"kept": len(examples)}, [])
@@ -87,7 +100,7 @@ def load_set(
         f"data set {name!r} is no file and no known set; known: "
         f"{', '.join((*WORLD, *sets.SETS))}, or SET:SOURCE, or a path"
       )
-  if not source and head.removesuffix("B") == "kvr":
+  if not source and head in ("kvr", "kvrB"):
     options = {"seed": seed, "count": 2 * size} | options
   return sets.load(
     head, source=source or None, size=size, on_error=on_error, **options
@@ -210,7 +223,6 @@ class StageData:
     shape: of the batches.
     batch_at: global step -> batch.
     main: the facts or tasks to be learned, encoded.
-    mixed: examples of the mixed rows that are ever taken.
     too_long: main rows left out.
   """
 
@@ -220,7 +232,6 @@ class StageData:
   shape: packing.PackShape
   batch_at: Callable[[int], packing.PackedBatch]
   main: list[Encoded]
-  mixed: list[Example]
   too_long: int
 
   @property
@@ -237,6 +248,11 @@ class StageData:
       batches = batches[: steps - epoch * per_epoch]
       total += int(lengths[batches[batches >= 0]].sum())
     return total
+
+  def table(self, source: int) -> list[Encoded]:
+    """Rows of the table that are of one source."""
+    pairs = zip(self.rows, self.stage.sources, strict=True)
+    return [row for row, where in pairs if where == source]
 
   def replayed(self, steps: int) -> list[Encoded]:
     """Rows replayed in the epochs of so many steps; each once."""
@@ -323,15 +339,9 @@ def make_stage_data(
     compat_pad_loss=compat_pad_loss,
     pad_id=tokenizer.eos_token_id,
   )
-  mixed = [
-    row.example
-    for row, source in zip(rows, stage.sources, strict=True)
-    if source == mixing.MIXED
-  ]
   return StageData(
-    rows, stage, order, shape, batch_at, encoded.rows[:size], mixed,
-    encoded.too_long,
-  )  # fmt: skip
+    rows, stage, order, shape, batch_at, encoded.rows[:size], encoded.too_long
+  )
 
 
 def merge_shapes(

@@ -42,38 +42,25 @@ class Scores(NamedTuple):
     return math.exp(min(self.nll.sum() / max(self.labels.sum(), 1), 700.0))
 
 
-def score_rows(
-  score: Callable[[packing.PackedBatch], Any],
-  rows: Sequence[Encoded],
-  *,
-  batch_tokens: int = 2048,
-  multiple: int = 1,
-) -> Scores:
-  """Score rows in packed batches of one shape.
+def pack_rows(
+  rows: Sequence[Encoded], *, batch_tokens: int = 2048, multiple: int = 1
+) -> list[packing.PackedBatch]:
+  """Pack rows, each once, into batches of one shape; ids are places in `rows`.
 
   Args:
-    score: batch -> (exact, nll, labels), each [R, E] by example; the compiled
-      program of `methods.remix.score_examples`.
-    rows: what to score; may be empty.
+    rows: at least one.
     batch_tokens: tokens of a batch, unless a single row has more.
     multiple: R of a batch is a multiple of it.
   """
-  out = Scores(*(np.zeros(len(rows), t) for t in (bool, np.float64, float)))
-  if not rows:
-    return out
   lengths = [len(row.ids) for row in rows]
   batches = _by_tokens(lengths, max(batch_tokens, max(lengths)))
   shape = packing.plan(
     lengths, [row.labels for row in rows], batches, multiple=multiple
   )
-  for batch in batches:
-    encoded = [rows[i] for i in batch]
-    packed = packing.pack(encoded, batch, np.zeros(len(batch), int), shape)
-    found = score(packed)
-    held = packed.example_id >= 0
-    for to, values in zip(out, found, strict=True):
-      to[packed.example_id[held]] = np.asarray(values)[held]
-  return out
+  return [
+    packing.pack([rows[i] for i in batch], batch, [0] * len(batch), shape)
+    for batch in batches
+  ]
 
 
 def _by_tokens(lengths, most) -> list[list[int]]:
@@ -86,6 +73,43 @@ def _by_tokens(lengths, most) -> list[list[int]]:
     batches[-1].append(i)
     used += length
   return batches
+
+
+def score_rows(
+  score: Callable[[packing.PackedBatch], Any],
+  rows: Sequence[Encoded],
+  *,
+  batch_tokens: int = 2048,
+  multiple: int = 1,
+  stop: Callable[[int], bool] = lambda batch: False,
+) -> Scores | None:
+  """Score rows in packed batches of one shape.
+
+  Args:
+    score: batch -> (exact, nll, labels), each [R, E] by example; the compiled
+      program of `methods.remix.score_examples`.
+    rows: what to score; may be empty.
+    batch_tokens, multiple: see `pack_rows`.
+    stop: polled before each batch; None is returned once it says so.
+  """
+  out = Scores(*(np.zeros(len(rows), t) for t in (bool, float, float)))
+  if not rows:
+    return out
+  batches = pack_rows(rows, batch_tokens=batch_tokens, multiple=multiple)
+  for number, batch in enumerate(batches):
+    if stop(number):
+      return None
+    held = batch.example_id >= 0
+    for to, values in zip(out, score(batch), strict=True):
+      to[batch.example_id[held]] = np.asarray(values)[held]
+  return out
+
+
+def split_scores(scores: Scores, sizes: Sequence[int]) -> list[Scores]:
+  """Cut scores of several lists in a row into those of each."""
+  ends = np.cumsum(sizes)[:-1]
+  parts = zip(*(np.split(leaf, ends) for leaf in scores), strict=True)
+  return [Scores(*part) for part in parts]
 
 
 def text_rows(
@@ -131,7 +155,8 @@ def judge(
     example: with its accepted answers.
     prompt: what was asked.
     text: the generated answer.
-    dataset: its official name; "webqa" is scored by substring.
+    dataset: its official name; "webqa" is scored by substring, where an empty
+      text is right too.
   """
   gold = example.target
   official = metrics.remix_score(text, gold, dataset=dataset)
@@ -146,6 +171,18 @@ def judge(
     metrics.exact_match(text, answers),
     bool(said) and said in metrics.remix_parse(gold),
   )
+
+
+def compat_slice(tokenizer: Any, prompt: str, text: str) -> str:
+  """Cut prompt and answer apart as the release does, by characters.
+
+  It decodes both at once and drops as many characters as the prompt has. Where
+  decoding does not give the prompt back (clean-up of blanks) the answer loses
+  its first characters.
+  """
+  ids = tokenizer(prompt, verbose=False)["input_ids"]
+  ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+  return tokenizer.decode(ids, skip_special_tokens=True)[len(prompt) :]
 
 
 def summarise(answered: Sequence[Answered]) -> dict[str, float]:

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmem.data import packing, stages
-from jaxmem.data.mixing import MAIN
+from jaxmem.data import stages
 from jaxmem.methods import baselines, remix
-from jaxmem.models import decoder
-from jaxmem.training import checkpoint, loop, parallel
+from jaxmem.methods.bench import Bench
+from jaxmem.training import checkpoint, loop
 from jaxmem.training.logging import Logger
-from jaxmem.training.step import TrainState, make_train_step
+from jaxmem.training.step import TrainState
 
 LETTERS = "abcdefgh"
 CACHE_FILE = "stage.json"
@@ -125,131 +124,11 @@ def _number(name, text) -> float:
   return value
 
 
-@dataclasses.dataclass(frozen=True)
-class Training:
-  """How every stage is trained; see configs/remix.py for units and sources."""
-
-  epochs: int
-  batch_size: int
-  rate: float | int
-  schedule: str = "cosine"
-  warmup_percent: float | int = 5.0
-  b1: float | int = 0.9
-  b2: float | int = 0.95
-  eps: float | int = 1e-8
-  weight_decay: float | int = 0.0
-  clip_norm: float | int | None = 1.0
-  stop: str = "em"
-  param_dtype: str = "float32"
-  microbatches: int = 1
-  source_weights: tuple[float | int, ...] = (1.0, 1.0, 1.0)
-  steps_per_call: int = 1
-  save_steps: int = 0
-  log_steps: int = 0  # 0: once an epoch
-  compat_shards: int = 1
-
-
 class Pace(NamedTuple):
   """Length of a stage."""
 
   schedule_steps: int  # what the schedule is made for
   most_steps: int  # where it ends at the latest
-
-
-class Bench:
-  """Model, mesh and compiled programs, shared by all stages.
-
-  Programs are kept by what they compute; equal stages compile once.
-
-  Args:
-    model: how to run the language model.
-    mesh: devices.
-    training: settings of all stages.
-  """
-
-  def __init__(self, model: remix.Model, mesh: Any, training: Training):
-    self.model, self.mesh, self.training = model, mesh, training
-    self.rules = decoder.partition_rules()
-    self.tx = remix.make_optimizer(
-      schedule=training.schedule,
-      b1=training.b1,
-      b2=training.b2,
-      eps=training.eps,
-      weight_decay=training.weight_decay,
-      clip_norm=training.clip_norm,
-    )
-    self._programs: dict[Any, Any] = {}
-    self.score = parallel.compile_function(
-      lambda weights, batch: remix.score_examples(model, weights, batch)
-    )
-
-  def put(self, weights: Any) -> Any:
-    """Put model weights where they belong."""
-    return parallel.shard(weights, self.mesh, self.rules)
-
-  def score_batch(self, weights: Any) -> Callable[[packing.PackedBatch], Any]:
-    """Make the function batch -> example scores that evaluation calls."""
-
-    def rows(batch):
-      return batch.ids.shape[0]
-
-    return lambda batch: self.score(
-      weights, parallel.place(batch, self.mesh, rows(batch))
-    )
-
-  def compile(self, name, method, state, sources) -> parallel.Compiled:
-    """Compile the train step of a method, once."""
-    key = (name, sources)
-    if key not in self._programs:
-      loss_fn = remix.make_loss(
-        self.model,
-        weights=method.weights,
-        sources=sources,
-        source_weights=self.training.source_weights,
-        penalty=method.penalty,
-        compat_shards=self.training.compat_shards,
-      )
-      step = make_train_step(
-        loss_fn,
-        self.tx,
-        microbatches=self.training.microbatches,
-        post_update=remix.make_post_update(self.training.param_dtype),
-      )
-      self._programs[key] = parallel.compile_step(
-        step, state, method.frozen, mesh=self.mesh, rules=self.rules,
-        steps_per_call=self.training.steps_per_call,
-      )  # fmt: skip
-    return self._programs[key]
-
-  def fisher(
-    self,
-    weights: Any,
-    rows: Sequence[Any],
-    *,
-    labels: str,
-    rng: jax.Array,
-    batch_size: int,
-  ) -> Any:
-    """Importance of every weight for the rows, see `baselines`."""
-    size = parallel.row_shards(self.mesh) * batch_size
-    shape = packing.plan_padded(
-      [len(row.ids) for row in rows], [row.labels for row in rows], size
-    )
-    key = ("fisher", labels)
-    state = baselines.start_fisher(weights)
-    if key not in self._programs:
-      step = baselines.make_fisher_step(self.model, labels)
-      self._programs[key] = parallel.compile_step(
-        step, state, weights, mesh=self.mesh, rules=self.rules
-      )
-    compiled = self._programs[key]
-    state = compiled.put_state(state)
-    for start in range(0, len(rows), size):
-      part = rows[start : start + size]
-      zeros = [MAIN] * len(part)
-      batch = packing.pad(part, range(len(part)), zeros, shape)
-      state, _ = compiled.call(state, weights, [batch], rng)
-    return baselines.finish_fisher(state)
 
 
 class Trained(NamedTuple):

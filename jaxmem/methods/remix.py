@@ -348,13 +348,13 @@ class StopRule:
     self.reached = False
 
   def look(self, progress: Progress) -> Mapping[str, float]:
-    """Take note of a state's progress; returns what to log."""
+    """Take note of a state's progress; there is nothing to log."""
     exact, seen = int(progress.last_exact), int(progress.last_seen)
     if self._rule == "em":
       self.reached = seen > 0 and exact == seen
     elif self._rule == "loss":
       self.reached = int(progress.low_losses) >= LOW_LOSSES
-    return {"em_epoch": exact / seen} if seen else {}
+    return {}
 
   def event(self, epoch_steps: int) -> loop.Event:
     """Look at every epoch's end, or at every step where the rule says so."""

@@ -1,0 +1,175 @@
+"""From the values of a REMIX config and its sets to the stages."""
+
+import dataclasses
+import json
+import pathlib
+
+from ml_collections import ConfigDict
+
+from jaxmem import config as configs
+from jaxmem.data import packing, stages
+from jaxmem.data.records import Example
+from jaxmem.methods import chain
+from jaxmem.methods.remix_setup import Base, Sets
+
+MATCHES = ("steps", "tokens")
+
+
+def plan(config: ConfigDict, sets: Sets) -> tuple[chain.StagePlan, ...]:
+  """Read the stages' settings; see `chain.plan_chain`."""
+  method, joint = config.method.name, config.method.name == "joint"
+  return chain.plan_chain(
+    [config.data[letter] for letter in sets.rows],
+    mix=config.mix.source,
+    ratio=config.mix.ratio,
+    mix_seed=config.mix.seed,
+    method="naive" if joint else method,
+    reg_stages=config.method.reg_stages,
+    replay=config.replay.share,
+    joint=joint,
+  )
+
+
+def stage_data(
+  config: ConfigDict,
+  base: Base,
+  step: chain.StagePlan,
+  sets: Sets,
+  shape: packing.PackShape | None,
+  epochs: int,
+) -> stages.StageData:
+  """Put a stage's rows together: its set, mixed rows, replayed ones.
+
+  Args:
+    shape: of an earlier stage's batches, to be used if it fits.
+    epochs: for which batches are planned.
+  """
+  mix, train, compat = config.mix, config.train, config.compat
+  size = config.data.size
+  letters = sorted(sets.rows)
+  mine = letters if step.joint else [step.letter]
+  main = [row.example for letter in mine for row in sets.rows[letter]]
+  earlier = letters[: letters.index(step.letter)] if step.replay else []
+  avoid = [row.example for rows in sets.rows.values() for row in rows]
+  pool: list[Example] = []
+  if step.ratio:
+    pool = stages.load_mix(
+      step.mix,
+      count=mix.pool,
+      seed=config.seed,
+      length=mix.length,
+      style=mix.style,
+      words=mix.words,
+      avoid=avoid,
+      on_error=config.data.on_error,
+    )
+  return stages.make_stage_data(
+    base.tokenizer,
+    main,
+    size=size * len(mine),
+    batch_size=train.batch_size,
+    epochs=epochs,
+    seed=config.seed,
+    max_tokens=config.data.max_tokens,
+    mix=pool,
+    replay=[row for letter in earlier for row in sets.rows[letter][:size]],
+    mixing_options={
+      "ratio": step.ratio,
+      "mix_seed": 1000 * config.seed + step.mix_seed,
+      "fresh_mix": mix.fresh,
+      "replay_ratio": step.replay,
+      "replay_seed": config.seed,
+      "redraw_replay": config.replay.redraw,
+      "compat_cut_after_mix": compat.cut_after_mix
+      and not stages.is_factoid(step.data),
+      "compat_short_pool": compat.short_pool,
+    },
+    composition=train.composition,
+    layout=train.layout,
+    multiple=base.bench.shards * train.microbatches,
+    compat_fixed_order=compat.fixed_order,
+    compat_mask=compat.mask,
+    compat_pad_loss=compat.pad_loss,
+    at_least=shape,
+  )
+
+
+def stage_key(
+  config: ConfigDict,
+  before: str,
+  step: chain.StagePlan,
+  sets: Sets,
+) -> str:
+  """Name of a stage's weights by all that decides them.
+
+  Args:
+    before: the key of the stage before, or the base's fingerprint.
+  """
+  flat = configs.flatten(config)
+  # What changes no number, and what the plan says already.
+  free = ("train.steps_per_call", "train.save_steps", "train.log_steps")
+  groups = ["seed", "train.", "compat.", "data.", "match."]
+  if step.ratio:
+    groups.append("mix.")
+  if step.method != "naive":
+    groups.append("method.")
+  if step.replay:
+    groups.append("replay.")
+  own = {"mix.source", "mix.ratio", "mix.seed", "method.name", "replay.share"}
+  own |= {f"data.{x}" for x in "known known_size prose prose_size".split()}
+  own |= {f"data.{letter}" for letter in chain.LETTERS}
+  settings = {
+    name: value
+    for name, value in flat.items()
+    if name.startswith(tuple(groups)) and name not in own and name not in free
+  }
+  # Random words avoid the answers of all sets; name groups are as many.
+  if step.ratio or config.data.disjoint_names:
+    settings["sets"] = [config.data[letter] for letter in sets.rows]
+  return chain.settings_key(before, dataclasses.asdict(step), settings)
+
+
+def matched_pace(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  step: chain.StagePlan,
+  data: stages.StageData,
+) -> chain.Pace | None:
+  """Length of a stage that shall be as long as that of another run.
+
+  None without `match.run`, and for stages in which the other run mixed
+  nothing.
+
+  Raises:
+    ValueError: that run is not done, or has no such stage.
+  """
+  match = config.match
+  if not match.run:
+    return None
+  if match.what not in MATCHES:
+    raise ValueError(
+      f"match.what is {match.what!r}; allowed: {', '.join(MATCHES)}"
+    )
+  path = workdir / match.run / "result.json"
+  if not path.is_file():
+    raise ValueError(
+      f"match.run: {path} does not exist; run that one first, or correct the "
+      "path, which starts from this run's workdir"
+    )
+  other = json.loads(path.read_text())["stages"].get(step.letter)
+  if other is None:
+    raise ValueError(f"match.run: {path} has no stage {step.letter}")
+  if not other["rows_mixed"]:
+    return None
+  return _pace(match.what, other, data)
+
+
+def _pace(what, other, data) -> chain.Pace:
+  if what == "steps":
+    return chain.Pace(other["schedule_steps"], other["steps"])
+  per_step = data.tokens(data.order.steps_per_epoch) / (
+    data.order.steps_per_epoch
+  )
+  steps = max(1, round(other["tokens"] / per_step))
+  stretched = round(other["schedule_steps"] * steps / other["steps"])
+  return chain.Pace(max(stretched, steps), steps)
