@@ -77,30 +77,37 @@ def get_config(arg: str = "") -> ConfigDict:
   config.eval = ConfigDict(
     {"every_steps": 100, "questions": 200, "final_questions": 1000}
   )
+  config.order = ("copy", "bind", "bind_hard", "read", "all")
   config.stages = ConfigDict(
     {
-      # Copying is learned, then two people are told apart.
-      "bind": _stage(
-        copying=24, reading=34, known=3, tasks=1, prose=2, size=96,
-        documents=2, facts=2, scaffold=0.6, scaffold_documents=0.6, hard=0.5,
-        target=0.9,
+      # To find what was read before: everything else is built on it.
+      "copy": _stage(
+        copying=56, known=4, tasks=1, prose=3, size=64,
+        documents=2, facts=2, max_steps=1000,
       ),
-      # Even where they share a name part.
+      # To tell two people apart, first where copying alone can do it.
+      "bind": _stage(
+        copying=8, lookup=24, reading=26, known=3, tasks=1, prose=2, size=104,
+        documents=2, facts=2, questions=5, scaffold=0.8,
+        scaffold_documents=0.85, register=0.6, hard=0.25, target=0.6,
+      ),
+      # Also where they share a name part, and in every order.
       "bind_hard": _stage(
-        copying=6, reading=46, known=8, tasks=2, prose=2, size=96,
-        documents=2, facts=2, scaffold=0.5, scaffold_documents=0.5,
-        target=0.95,
+        copying=4, lookup=16, reading=34, known=6, tasks=3, prose=1, size=104,
+        documents=2, facts=2, questions=5, scaffold=0.6,
+        scaffold_documents=0.6, register=0.4, hard=0.6, target=0.9,
       ),
       # Among more documents and facts.
       "read": _stage(
-        copying=3, lookup=8, reading=34, known=12, tasks=5, prose=2,
-        documents=4, facts=3, target=0.93,
+        copying=2, lookup=8, reading=34, known=14, tasks=4, prose=2,
+        documents=4, facts=3, scaffold=0.4, scaffold_documents=0.4,
+        register=0.2, target=0.9,
       ),
       # Everything, mostly without the scaffold; the rate falls.
       "all": _stage(
-        copying=2, lookup=8, reading=26, known=16, tasks=8, prose=4, size=192,
-        scaffold=0.2, scaffold_documents=0.3, filler=0.25,
-        max_steps=1500, end_ratio=0.05,
+        copying=1, lookup=6, reading=26, known=22, tasks=6, prose=3, size=192,
+        questions=5, scaffold=0.2, scaffold_documents=0.3, register=0.1,
+        filler=0.25, max_steps=1500, end_ratio=0.05,
       ),
     }
   )  # fmt: skip

@@ -190,7 +190,8 @@ def compile_stage(config, model, mix, state, tx, mesh):
 
 def run_stage(config, model, state, place, mesh, *, workdir, stop):
   """Train one stage; returns (state, Stage after it, True unless stopped)."""
-  name, settings = list(config.stages.items())[place.index]
+  name = config.order[place.index]
+  settings = config.stages[name]
   mix = _mix(settings)
   num_rows = sum(getattr(mix, kind) for kind in curriculum.MAKERS)
   tx = _transformation(config.optim, settings, place.start)
@@ -232,13 +233,13 @@ def run(config, workdir, stop) -> dict | None:
   model = model_config(config.model)
   mesh = parallel.make_mesh()
   params = decoder.init(model, jax.random.key(config.seed))
-  first = next(iter(config.stages.values()))
+  first = config.stages[config.order[0]]
   state = step.init_state(params, _transformation(config.optim, first, 0))
   found = checkpoint.restore(workdir / "checkpoints", state)
   place = Stage()
   if found is not None:
     state, place = found.state, Stage(**found.position)
-  while place.index < len(config.stages):
+  while place.index < len(config.order):
     state, place, ended = run_stage(
       config, model, state, place, mesh, workdir=workdir, stop=stop
     )
