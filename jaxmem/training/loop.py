@@ -164,7 +164,8 @@ class _Run:
     due = [e for e in self._events if self._is_due(e.every_steps)]
     for event in due:  # before saving: a kill in between repeats them
       self._settle()
-      self._logger.write(self.step, event.run(self.step, self.state))
+      if found := event.run(self.step, self.state):
+        self._logger.write(self.step, found)
     if self._checkpoints and self._is_due(self._checkpoints.every_steps):
       self.save()
     self._logger.progress(self.step)
