@@ -10,12 +10,12 @@ from jaxmem.evaluation import plots
 from jaxmem.evaluation.where import Results
 
 _STAGES = {"a": "after A", "b": "after B"}
-_LENS = {  # result -> title
-  "presence_k{0}_first": "share with the answer's first token in top {0}",
-  "mean_probability_first": "probability of the first token",
-  "mean_log_rank_first": "log rank of the first token",
-  "onset_k{0}_first_shares": "onset layer, top {0} (last: never)",
-  "write_share_first": "share of the positive writes",
+_LENS = {  # result -> title; all of the answer's first token
+  "presence_k{0}_first": "share in top {0}",
+  "mean_probability_first": "probability",
+  "mean_log_rank_first": "log rank",
+  "onset_k{0}_first_shares": "onset in top {0} (last: never)",
+  "write_share_first": "share of positive writes",
 }
 
 
