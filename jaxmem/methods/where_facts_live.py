@@ -148,8 +148,9 @@ def analyse(
     each model (see `where.lens_results`; "em" exact match, "ablate_KIND_wW"
     [L] the exact match with a window around each layer taken out, KIND
     `identity` or `mean`, and its largest "_drop"), "graft/" ("a_into_b_wW" [L]
-    and single parts), "change/", "overlap/" (cosines and norms of mean
-    gradients) and "curvature/" (see `where_passes.interference`).
+    and single parts), "change/" by matrix, "overlap/" (cosines and norms of
+    mean gradients at theta_a, by layer and part) and "curvature/" (terms of
+    the loss of A along directions; see `_interference_results`).
 
   Raises:
     ValueError: batches without labels or of unequal shapes, an even width, or

@@ -250,7 +250,8 @@ def test_gradient_and_curvature_of_a_quadratic():
   params = {"layers": {"w": jnp.array([[0.5, -1.0]])}}
 
   def loss_sum(params, rows):
-    return 0.5 * jnp.square(rows @ params["layers"]["w"][0]).sum(), jnp.float32(3)
+    scores = rows @ params["layers"]["w"][0]
+    return 0.5 * jnp.square(scores).sum(), jnp.float32(len(rows))
 
   hessian = np.einsum("rd,re->de", rows, rows)
   loss, count, grads = where_weights.gradient_sum(loss_sum, params, rows)
