@@ -46,39 +46,9 @@ def _stage(**values) -> ConfigDict:
   return stage
 
 
-def get_config(arg: str = "") -> ConfigDict:
-  """Return the config; `arg` is a model's name, or `smoke`."""
-  name = arg or "tiny"
-  if name not in (*_SHAPES, "smoke"):
-    raise ValueError(f"configs/pretrain.py:{arg}: expected tiny, nano or smoke")
-  config = ConfigDict()
-  config.seed = 0
-  config.export = ""  # directory for the trained model; empty: WORKDIR/model
-  config.profile = ()  # (start, n): trace these steps
-  config.model = ConfigDict(_SHAPES["nano" if name == "smoke" else name])
-  config.optim = ConfigDict(
-    {
-      "rate": 3e-3 if name != "tiny" else 2e-3,
-      "warmup_steps": 100,
-      "b1": 0.9,
-      "b2": 0.98,
-      "clip_norm": 1.0,
-      "weight_decay": 0.0,
-    }
-  )
-  config.train = ConfigDict(
-    {
-      "steps_per_call": 20,
-      "log_steps": 20,
-      "save_steps": 100,
-      "label_share": 0.5,  # of a row's tokens that are scored in a step
-    }
-  )
-  config.eval = ConfigDict(
-    {"every_steps": 100, "questions": 200, "final_questions": 1000}
-  )
-  config.order = ("copy", "bind", "bind_hard", "read", "all")
-  config.stages = ConfigDict(
+def _stages() -> ConfigDict:
+  """The curriculum; `order` says what follows what."""
+  return ConfigDict(
     {
       # To find what was read before: everything else is built on it.
       "copy": _stage(
@@ -111,6 +81,41 @@ def get_config(arg: str = "") -> ConfigDict:
       ),
     }
   )  # fmt: skip
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Return the config; `arg` is a model's name, or `smoke`."""
+  name = arg or "tiny"
+  if name not in (*_SHAPES, "smoke"):
+    raise ValueError(f"configs/pretrain.py:{arg}: expected tiny, nano or smoke")
+  config = ConfigDict()
+  config.seed = 0
+  config.export = ""  # directory for the trained model; empty: WORKDIR/model
+  config.profile = ()  # (start, n): trace these steps
+  config.model = ConfigDict(_SHAPES["nano" if name == "smoke" else name])
+  config.optim = ConfigDict(
+    {
+      "rate": 3e-3 if name != "tiny" else 2e-3,
+      "warmup_steps": 100,
+      "b1": 0.9,
+      "b2": 0.98,
+      "clip_norm": 1.0,
+      "weight_decay": 0.0,
+    }
+  )
+  config.train = ConfigDict(
+    {
+      "steps_per_call": 20,
+      "log_steps": 20,
+      "save_steps": 100,
+      "label_share": 0.5,  # of a row's tokens that are scored in a step
+    }
+  )
+  config.eval = ConfigDict(
+    {"every_steps": 100, "questions": 200, "final_questions": 1000}
+  )
+  config.order = ("copy", "bind", "bind_hard", "read", "all")
+  config.stages = _stages()
   if name == "smoke":
     for stage in config.stages.values():
       stage.update({k: min(stage[k], 2) for k in _KINDS} | {"max_steps": 2})
