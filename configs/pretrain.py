@@ -116,6 +116,8 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.order = ("copy", "bind", "bind_hard", "read", "all")
   config.stages = _stages()
+  if name == "nano":
+    config.stages["all"].max_steps = 700
   if name == "smoke":
     for stage in config.stages.values():
       stage.update({k: min(stage[k], 2) for k in _KINDS} | {"max_steps": 2})
