@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Key
 
 from jaxmem.data import curriculum
+from jaxmem.data import documents as docs
 from jaxmem.data import world as w
 from jaxmem.data.world import Row, World
 
@@ -54,7 +55,7 @@ def draw_exam(
     ask = jax.random.uniform(rng_ask, (5,))
 
     def draw(rng, relations=None):
-      return curriculum.draw_documents(
+      return docs.draw_documents(
         world,
         documents,
         facts,
@@ -67,7 +68,7 @@ def draw_exam(
       )
 
     drawn = draw(rng_documents)
-    unit, weight, (d, f) = curriculum.ask_fact(
+    unit, weight, (d, f) = docs.ask_fact(
       world, drawn, 0.0, 0.0, questions, True, ask
     )
     firsts = drawn.values[:, f, 0]
@@ -78,8 +79,8 @@ def draw_exam(
       # is asked about is missing.
       other = draw(rng_other, drawn.relations)
       shown = _replace_document(drawn, other, d)
-    row = curriculum.prompt_row(world, shown, [(unit, weight)], size)
-    return Exam(row, wrong, row.weights == curriculum.ANSWER_WEIGHT)
+    row = docs.prompt_row(world, shown, [(unit, weight)], size)
+    return Exam(row, wrong, row.weights == docs.ANSWER_WEIGHT)
 
   return jax.vmap(one)(jax.random.split(rng, num))
 
@@ -99,14 +100,14 @@ def known_exam(
       world, person, relation, jnp.int32(kind), jnp.bool_(False)
     )
     row = w.join(unit[None], weight[None], jnp.ones(1, jnp.int32), size)
-    return Exam(row, jnp.full((1,), -1), row.weights == curriculum.HALF_WEIGHT)
+    return Exam(row, jnp.full((1,), -1), row.weights == docs.HALF_WEIGHT)
 
   return jax.vmap(one)(index)
 
 
 def _replace_document(
-  documents: curriculum.Documents, other: curriculum.Documents, d
-) -> curriculum.Documents:
+  documents: docs.Documents, other: docs.Documents, d
+) -> docs.Documents:
   num, width = documents.values.shape[0], documents.units.shape[-1]
   units = documents.units.reshape(num, -1, width)
   units = units.at[d].set(other.units.reshape(num, -1, width)[d])
