@@ -69,12 +69,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   sets = remix_setup.load_sets(config, base, workdir, stop)
   if sets is None:
     return
-  exp = Experiment(config, workdir, stop, base, sets)
   plan = remix_stages.plan(config, sets)
   weights, key, shape = base.weights, base.name, None
+  # Training consumes the base's weights: nobody else may hold them.
+  exp = Experiment(config, workdir, stop, base._replace(weights=None), sets)
   done: list[Stage] = []
   ask = functools.partial(
-    remix_report.report, config, base, sets, workdir=workdir, stop=stop
+    remix_report.report, config, exp.base, sets, workdir=workdir, stop=stop
   )
   reports = [ask(weights, 0)]
   if reports[0] is None:
@@ -88,13 +89,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     if stage is None:
       return
     weights = stage.weights
-    done.append(stage)
+    done.append(stage if config.eval.analysis else stage._replace(weights=None))
     reports.append(ask(weights, k + 1))
     if reports[-1] is None:
       return
-  if config.eval.analysis and not analyse(exp, done):
-    return
-  write_results(exp, plan, done, reports)
+  found = analyse(exp, done) if config.eval.analysis else {}
+  if found is not None:
+    write_results(exp, plan, done, reports, found)
 
 
 def prepare(
@@ -171,9 +172,8 @@ def make_method(
       rng=rng_fisher,
       batch_size=settings.fisher_batch,
     )
-  # A compiled step consumes its parameters; these are needed once more.
-  if weights is exp.base.weights or exp.config.eval.analysis:
-    weights = jax.tree.map(jnp.copy, weights)
+  if exp.config.eval.analysis and step.letter != "a":
+    weights = jax.tree.map(jnp.copy, weights)  # training consumes them
   return baselines.make_method(
     step.method,
     bench.model,
@@ -188,8 +188,8 @@ def make_method(
   )
 
 
-def analyse(exp: Experiment, done: list[Stage]) -> bool:
-  """Look where the facts of the first stage live; False when stopped."""
+def analyse(exp: Experiment, done: list[Stage]) -> dict[str, float] | None:
+  """Look where the facts of the first stage live; None when stopped."""
   bench = exp.base.bench
   pack = functools.partial(
     factoids.pack_rows,
@@ -206,14 +206,16 @@ def analyse(exp: Experiment, done: list[Stage]) -> bool:
     pack(exp.sets.rows["a"]),
     other=pack(last.data.main) if later else (),
     mixed=pack(mixed) if mixed else (),
-    mesh=bench.mesh,
+    passes=where_facts_live.compile_passes(bench.model, bench.mesh),
     workdir=exp.workdir / "analysis",
     stop=exp.stop,
   )
-  return found is not None
+  if found is None:
+    return None
+  return {k: v for k, v in found.items() if isinstance(v, float)}
 
 
-def write_results(exp, plan, done, reports) -> None:
+def write_results(exp, plan, done, reports, analysis) -> None:
   """Write result.json, last of all files, and what goes with it."""
   letters = sorted(exp.sets.rows)
   taken = {id(row) for s in done for row in s.data.replayed(s.record["steps"])}
@@ -228,6 +230,7 @@ def write_results(exp, plan, done, reports) -> None:
     step.letter: stage.record | {"data": step.data, "mix": step.mix}
     for step, stage in zip(plan, done, strict=True)
   }
+  result["analysis"] = analysis
   result["accuracy"] = retention.accuracies(reports, letters)
   correct = {
     f"after_{k}": {x: found.correct(x).astype(int).tolist() for x in letters}

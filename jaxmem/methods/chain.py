@@ -131,6 +131,21 @@ class Pace(NamedTuple):
   most_steps: int  # where it ends at the latest
 
 
+class Clock:
+  """Seconds a stage has taken, those before its last restart included."""
+
+  def __init__(self):
+    self._since, self._before = time.perf_counter(), 0.0
+
+  def position(self) -> dict[str, float]:
+    """What a checkpoint keeps."""
+    return {"seconds": self._before + time.perf_counter() - self._since}
+
+  def restore(self, position: dict[str, float]) -> None:
+    """Go on from a checkpoint."""
+    self._since, self._before = time.perf_counter(), position["seconds"]
+
+
 class Trained(NamedTuple):
   """How a stage went."""
 
@@ -182,13 +197,16 @@ def train_stage(
   saves = loop.Checkpoints(
     workdir / "stages" / name, every_steps=settings.save_steps, keep=1
   )
-  stream = loop.Stream(data.batch_at)
+  clock = Clock()
+  stream = loop.Stream(data.batch_at, clock.position, clock.restore)
   state = loop.resume(compiled.put_state(state), saves, stream)
   rule = remix.StopRule("fixed" if pace else settings.stop, stop)
   rule.look(state.memory)
-  started, first = time.perf_counter(), int(state.step)
   with Logger(
-    workdir, total_steps=length.most_steps, first_step=first, name=name
+    workdir,
+    total_steps=length.most_steps,
+    first_step=int(state.step),
+    name=name,
   ) as logger:
     trained = loop.train(
       compiled, state, compiled.put_frozen(method.frozen), stream, rng,
@@ -210,7 +228,7 @@ def train_stage(
     * int(progress.last_exact)
     / max(int(progress.last_seen), 1),
     "stopped_early": rule.reached,
-    "seconds": time.perf_counter() - started,
+    "seconds": clock.position()["seconds"],
     **{f"rows_{k}": v for k, v in data.stage.counts.items()},
   }
   weights = method.finish(trained.state.params, method.frozen)
