@@ -65,13 +65,13 @@ def _stages() -> ConfigDict:
       "bind_hard": _stage(
         copying=4, lookup=16, reading=34, known=6, tasks=3, prose=1, size=104,
         documents=2, facts=2, questions=5, scaffold=0.6,
-        scaffold_documents=0.6, register=0.4, hard=0.6, target=0.9,
+        scaffold_documents=0.6, register=0.4, hard=0.6, target=0.9, max_steps=700,
       ),
       # Among more documents and facts.
       "read": _stage(
         copying=2, lookup=8, reading=34, known=14, tasks=4, prose=2,
         documents=4, facts=3, scaffold=0.4, scaffold_documents=0.4,
-        register=0.2, target=0.9,
+        register=0.2, target=0.93, max_steps=1000,
       ),
       # Everything, mostly without the scaffold; the rate falls.
       "all": _stage(
@@ -117,6 +117,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.order = ("copy", "bind", "bind_hard", "read", "all")
   config.stages = _stages()
   if name == "nano":
+    config.stages["read"].max_steps = 400
     config.stages["all"].max_steps = 700
   if name == "smoke":
     for stage in config.stages.values():
