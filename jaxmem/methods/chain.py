@@ -267,7 +267,9 @@ def load_weights(cache: pathlib.Path, key: str, like: Any) -> Trained | None:
     return None
   target = TrainState(jnp.zeros((), jnp.int32), like, (), ())
   found = checkpoint.restore(place, target)
-  if found is None:
+  if found is None:  # damaged: out of the way, it will be made again
+    if jax.process_index() == 0:
+      shutil.rmtree(place, ignore_errors=True)
     return None
   record = json.loads((place / CACHE_FILE).read_text())
   return Trained(found.state.params, record | {"from_cache": True})
