@@ -65,7 +65,8 @@ def _stages() -> ConfigDict:
       "bind_hard": _stage(
         copying=4, lookup=16, reading=34, known=6, tasks=3, prose=1, size=104,
         documents=2, facts=2, questions=5, scaffold=0.6,
-        scaffold_documents=0.6, register=0.4, hard=0.6, target=0.9, max_steps=700,
+        scaffold_documents=0.6, register=0.4, hard=0.6, target=0.9,
+        max_steps=800,
       ),
       # Among more documents and facts.
       "read": _stage(
