@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxmem.adapters import linear
 from jaxmem.models import rope
 from jaxmem.models.attention import Part, attention
-from jaxmem.models.cache import Cache, store
+from jaxmem.models.cache import Cache, read, store
 from jaxmem.models.config import ModelConfig
 from jaxmem.models.parameters import PROJECTIONS
 
@@ -293,7 +293,7 @@ def _attend(
     new = _new_rows(key, value, rows, retrieved)
     written = new[0].shape[1]
     cache = store(cache, layer_index, *new)
-    parts = [*parts, Part(*(leaf[layer_index] for leaf in cache[:4]))]
+    parts = [*parts, Part(*read(cache, layer_index))]
   out = attention(
     query,
     parts,

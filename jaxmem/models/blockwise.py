@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-BLOCK = 512  # rows of a key block, and of a query block
+BLOCK = 256  # rows of a key block, and of a query block
 MASKED = -1e30  # finite, so that a row of nothing but these is no NaN
 FLOOR = -1e29  # above MASKED: e^(MASKED - FLOOR) is exactly 0
 
@@ -21,7 +21,7 @@ FLOOR = -1e29  # above MASKED: e^(MASKED - FLOOR) is exactly 0
 class _Keys(NamedTuple):
   """A part cut into blocks; leaves lead with the number of blocks."""
 
-  key: jax.Array  # [n, B, s, K, H] or [n, s, K, H]
+  key: jax.Array  # [n, B, K, s, H] or, shared, [n, K, s, H]
   value: jax.Array
   valid: jax.Array  # [n, B or 1, s] bool, False on the filling rows
   positions: jax.Array | None  # [n, B or 1, s]
@@ -31,7 +31,7 @@ class _Keys(NamedTuple):
 class _Queries(NamedTuple):
   """Queries cut into blocks; leaves lead with the number of blocks."""
 
-  query: jax.Array  # [m, B, t, K, G, H], already scaled
+  query: jax.Array  # [m, B, K, G, t, H], already scaled
   positions: jax.Array  # [m, B, t]
   segments: jax.Array | None
 
@@ -44,15 +44,17 @@ def attention(
   kv_heads = parts[0].key.shape[-2]
   grouped = (query * scale).reshape(b, t, kv_heads, n // kv_heads, h)
   queries = _Queries(
-    _cut(grouped, 1, block),
+    _cut(grouped.transpose(0, 2, 3, 1, 4), 3, block),
     _cut(query_positions, 1, block),
     None if query_segments is None else _cut(query_segments, 1, block),
   )
   keys = tuple(_blocks(part, block) for part in parts)
-  # The window may be traced, and int arguments of a custom_vjp need none.
+  # The window may be traced: it is an argument, and a number where there is
+  # none.
   window = jnp.iinfo(jnp.int32).max if window is None else window
   out = _attend(queries, keys, jnp.asarray(window, jnp.int32))
-  out = out.swapaxes(0, 1).reshape((b, -1, n, h))  # [m, B, t, ..] -> [B, T, ..]
+  # [m, B, K, G, t, H] to [B, m, t, K, G, H]
+  out = out.transpose(1, 0, 4, 2, 3, 5).reshape((b, -1, n, h))
   return out[:, :t].astype(query.dtype)
 
 
@@ -71,13 +73,17 @@ def _cut(x, axis, block):
 def _blocks(part, block):
   rows = part.key.shape[-3]
 
+  def heads(x):
+    x = x.swapaxes(-2, -3)  # [(B,) K, S, H]
+    return _cut(x, x.ndim - 2, block)
+
   def along(x):  # [B, S] or [S] to blocks [n, B or 1, s]
     return _cut(x if x.ndim == 2 else x[None], 1, block)
 
   valid = jnp.ones((1, rows), bool) if part.valid is None else part.valid
   return _Keys(
-    _cut(part.key, part.key.ndim - 3, block),
-    _cut(part.value, part.value.ndim - 3, block),
+    heads(part.key),
+    heads(part.value),
     along(valid),
     None if part.positions is None else along(part.positions),
     None if part.segments is None else along(part.segments),
@@ -116,15 +122,51 @@ def _mask(queries, keys, window):
   return visible(keys, queries.positions, queries.segments, window)
 
 
-def _scores(queries, keys, mask):
-  shared = "" if keys.key.ndim == 3 else "B"
-  scores = jnp.einsum(
-    f"BTKGH,{shared}SKH->BKGTS",
-    queries.query,
-    keys.key,
+def product(left, right, contract):
+  """Multiply into float32, heads first: the axis of `left` is its last.
+
+  With a batch axis on both sides this is the plain batched product in the
+  order that needs no transposed copy; einsum would choose another.
+
+  Args:
+    left: [B, K, X, ..].
+    right: [B, K, S, H], or [K, S, H] shared by the batch.
+    contract: axis of `right` counted from its end, -1 (H) or -2 (S).
+
+  Returns: [B, K, X, S] or [B, K, X, H].
+  """
+  batch = ((0, 1), (0, 1)) if right.ndim == 4 else ((1,), (0,))
+  out = jax.lax.dot_general(
+    left,
+    right,
+    (((3,), (right.ndim + contract,)), batch),
     preferred_element_type=jnp.float32,
   )
-  return jnp.where(mask[:, None, None], scores, MASKED)
+  return out if right.ndim == 4 else out.swapaxes(0, 1)
+
+
+def _gradient(weights, rows, shape):
+  """Sum weights [B, K, X, S] times rows [B, K, X, H] over X: [(B,) K, S, H]."""
+  if len(shape) == 4:
+    axes = (((2,), (2,)), ((0, 1), (0, 1)))
+  else:
+    axes = (((0, 2), (0, 2)), ((1,), (1,)))
+  return jax.lax.dot_general(
+    weights, rows, axes, preferred_element_type=jnp.float32
+  )
+
+
+def _scores(query, keys, mask, tokens):
+  """Masked scores [B, K, X, s] of queries [B, K, X, H], X = G * tokens."""
+  scores = product(query, keys.key, -1)
+  by_group = scores.reshape((*scores.shape[:2], -1, tokens, scores.shape[-1]))
+  by_group = jnp.where(mask[:, None, None], by_group, MASKED)
+  return by_group.reshape(scores.shape)
+
+
+def _flat(x):
+  """[B, K, G, t, H] to [B, K, X, H]."""
+  return x.reshape((*x.shape[:2], -1, x.shape[-1]))
 
 
 def _where_seen(mask, work, carry):
@@ -133,42 +175,36 @@ def _where_seen(mask, work, carry):
 
 
 def _forward_block(queries, all_keys, window):
-  """One query block: output float32 [B, t, K, G, H], log-sum [B, K, G, t]."""
-  b, t, k, g, h = queries.query.shape
+  """One query block: output float32 [B, K, G, t, H], log-sum [B, K, X, 1]."""
+  query, tokens = _flat(queries.query), queries.query.shape[3]
 
   def step(carry, keys):
     mask = _mask(queries, keys, window)
 
     def work(carry):
       top, total, out = carry
-      scores = _scores(queries, keys, mask)
-      new_top = jnp.maximum(top, scores.max(axis=-1))
-      weights = jnp.exp(scores - new_top[..., None])
+      scores = _scores(query, keys, mask, tokens)
+      new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+      weights = jnp.exp(scores - new_top)
       shrink = jnp.exp(top - new_top)
-      shared = "" if keys.value.ndim == 3 else "B"
-      more = jnp.einsum(
-        f"BKGTS,{shared}SKH->BKGTH",
-        weights.astype(keys.value.dtype),
-        keys.value,
-        preferred_element_type=jnp.float32,
-      )
-      total = total * shrink + weights.sum(axis=-1)
-      return new_top, total, out * shrink[..., None] + more
+      more = product(weights.astype(keys.value.dtype), keys.value, -2)
+      total = total * shrink + weights.sum(axis=-1, keepdims=True)
+      return new_top, total, out * shrink + more
 
     return _where_seen(mask, work, carry), None
 
+  column = (*query.shape[:3], 1)
   carry = (
-    jnp.full((b, k, g, t), FLOOR, jnp.float32),
-    jnp.zeros((b, k, g, t), jnp.float32),
-    jnp.zeros((b, k, g, t, h), jnp.float32),
+    jnp.full(column, FLOOR, jnp.float32),
+    jnp.zeros(column, jnp.float32),
+    jnp.zeros(query.shape, jnp.float32),
   )
   for keys in all_keys:
     carry, _ = jax.lax.scan(step, carry, keys)
   top, total, out = carry
   # Of a query that sees nothing the log-sum is only ever used as e^(-1e30 - x).
-  total = jnp.where(total > 0, total, 1.0)
-  out = (out / total[..., None]).transpose(0, 3, 1, 2, 4)
-  return out, top + jnp.log(total)
+  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+  return (out / total).reshape(queries.query.shape), top + jnp.log(total)
 
 
 @jax.custom_vjp
@@ -189,17 +225,16 @@ def _backward(saved, d_out):
 
   def per_query_block(sums, inputs):
     block, out, log_sum, d_out = inputs
-    mean = (d_out * out).sum(axis=-1).transpose(0, 2, 3, 1)  # [B, K, G, t]
-    d_query = jnp.zeros(block.query.shape, jnp.float32)
+    mean = _flat(d_out * out).sum(axis=-1, keepdims=True)  # [B, K, X, 1]
+    d_query = jnp.zeros(_flat(block.query).shape, jnp.float32)
     new_sums = []
     for keys, (d_key, d_value) in zip(all_keys, sums, strict=True):
-      d_query, grads = jax.lax.scan(
-        functools.partial(_backward_pair, block, log_sum, mean, d_out, window),
-        d_query,
-        (keys, d_key, d_value),
+      pair = functools.partial(
+        _backward_pair, block, log_sum, mean, _flat(d_out), window
       )
+      d_query, grads = jax.lax.scan(pair, d_query, (keys, d_key, d_value))
       new_sums.append(grads)
-    return tuple(new_sums), d_query
+    return tuple(new_sums), d_query.reshape(block.query.shape)
 
   zeros = tuple(
     (
@@ -223,22 +258,18 @@ def _backward_pair(queries, log_sum, mean, d_out, window, d_query, inputs):
   """One query block against one key block."""
   keys, d_key, d_value = inputs
   mask = _mask(queries, keys, window)
-  shared = "" if keys.key.ndim == 3 else "B"
+  query, tokens = _flat(queries.query), queries.query.shape[3]
   dtype = keys.key.dtype
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  d_out = d_out.astype(dtype)
 
   def work(carry):
     d_query, d_key, d_value = carry
-    weights = jnp.exp(_scores(queries, keys, mask) - log_sum[..., None])
-    d_weights = product(
-      f"BTKGH,{shared}SKH->BKGTS", d_out.astype(dtype), keys.value
-    )
-    d_scores = (weights * (d_weights - mean[..., None])).astype(dtype)
-    d_query += product(f"BKGTS,{shared}SKH->BTKGH", d_scores, keys.key)
-    d_key += product(f"BKGTS,BTKGH->{shared}SKH", d_scores, queries.query)
-    d_value += product(
-      f"BKGTS,BTKGH->{shared}SKH", weights.astype(dtype), d_out.astype(dtype)
-    )
+    weights = jnp.exp(_scores(query, keys, mask, tokens) - log_sum)
+    d_weights = product(d_out, keys.value, -1)
+    d_scores = (weights * (d_weights - mean)).astype(dtype)
+    d_query += product(d_scores, keys.key, -2)
+    d_key += _gradient(d_scores, query, d_key.shape)
+    d_value += _gradient(weights.astype(dtype), d_out, d_value.shape)
     return d_query, d_key, d_value
 
   d_query, d_key, d_value = _where_seen(mask, work, (d_query, d_key, d_value))

@@ -1,4 +1,8 @@
-"""The key/value cache of a decoder: fixed slots, filled from the front."""
+"""The key/value cache of a decoder: fixed slots, filled from the front.
+
+Heads stand before slots, as the products of attention take them, so that a
+step which adds one row does not first transpose all rows read before.
+"""
 
 from typing import NamedTuple
 
@@ -11,8 +15,8 @@ from jaxmem.models.config import ModelConfig
 class Cache(NamedTuple):
   """Keys and values of rows already read; slots from `length` on are free."""
 
-  key: jax.Array  # [L, B, S, K, H], rotated
-  value: jax.Array  # [L, B, S, K, H]
+  key: jax.Array  # [L, B, K, S, H], rotated
+  value: jax.Array  # [L, B, K, S, H]
   valid: jax.Array  # [L, B, S] bool, False where free or padding
   positions: jax.Array  # [L, B, S] int32; -1 = every query sees the row
   length: jax.Array  # [] int32, next free slot, the same for all rows
@@ -22,20 +26,23 @@ def init_cache(
   config: ModelConfig, batch: int, capacity: int, dtype=jnp.float32
 ) -> Cache:
   """Return an empty cache of `capacity` slots per row and layer."""
-  shape = (config.num_layers, batch, capacity)
-  heads = (config.num_kv_heads, config.head_dim)
+  layers, heads, width = (
+    config.num_layers,
+    config.num_kv_heads,
+    config.head_dim,
+  )
   return Cache(
-    jnp.zeros(shape + heads, dtype),
-    jnp.zeros(shape + heads, dtype),
-    jnp.zeros(shape, bool),
-    jnp.zeros(shape, jnp.int32),
+    jnp.zeros((layers, batch, heads, capacity, width), dtype),
+    jnp.zeros((layers, batch, heads, capacity, width), dtype),
+    jnp.zeros((layers, batch, capacity), bool),
+    jnp.zeros((layers, batch, capacity), jnp.int32),
     jnp.zeros((), jnp.int32),
   )
 
 
 def store(
   cache: Cache,
-  layer: jax.Array,
+  layer: jax.Array | int,
   key: jax.Array,
   value: jax.Array,
   valid: jax.Array,
@@ -53,16 +60,28 @@ def store(
   Raises:
     ValueError: more rows than the cache has slots.
   """
-  rows, capacity = key.shape[1], cache.key.shape[2]
+  rows, capacity = key.shape[1], cache.valid.shape[2]
   if rows > capacity:
     raise ValueError(
       f"cannot write {rows} rows into a cache of {capacity} slots; make it "
       "with a larger capacity"
     )
-  new = (key, value, valid, positions)
+  new = (key.swapaxes(1, 2), value.swapaxes(1, 2), valid, positions)
   stored = []
   for old, rows in zip(cache[:4], new, strict=True):
     rows = rows.astype(old.dtype)[None]
-    start = (layer, 0, cache.length) + (0,) * (old.ndim - 3)
+    behind = (0, cache.length, 0) if old.ndim == 5 else (cache.length,)
+    start = (layer, 0, *behind)
     stored.append(jax.lax.dynamic_update_slice(old, rows, start))
   return Cache(*stored, cache.length)
+
+
+def read(
+  cache: Cache, layer: jax.Array | int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Return one layer's key and value [B, S, K, H], valid and positions [B, S].
+
+  These are the fields of an attention part, in order.
+  """
+  key, value, valid, positions = (leaf[layer] for leaf in cache[:4])
+  return key.swapaxes(1, 2), value.swapaxes(1, 2), valid, positions
