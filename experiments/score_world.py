@@ -1,6 +1,6 @@
 """Score a model on the invented world: reading, known facts, prose, tasks.
 
-    python -m experiments.score_world --model=tiny
+    python -m experiments.score_world --model=nano
 
 Every prompt asks ONE question. Documents of a prompt all state the relation
 that is asked, and pairs of their people share a name part. Answers are scored
@@ -167,7 +167,7 @@ def _add(totals) -> dict[str, float]:
 def main() -> None:
   """Print the scores of one model as json."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--model", default="tiny", help="tiny, nano or a path")
+  parser.add_argument("--model", default="nano", help="nano, tiny or a path")
   parser.add_argument("--questions", type=int, default=1000)
   parser.add_argument("--seed", type=int, default=1)
   flags = parser.parse_args()
