@@ -73,12 +73,18 @@ def attention(
       while the queries have none.
   """
   _check(query, parts, query_segments)
+  parts = tuple(
+    part._replace(
+      key=part.key.astype(query.dtype), value=part.value.astype(query.dtype)
+    )
+    for part in parts
+  )
   b, t, n, _ = query.shape
   if block is None:
     rows = sum(part.key.shape[-3] for part in parts)
     if b * n * t * rows < PLAIN_LIMIT:
       return _plain(
-        query, tuple(parts), query_positions, query_segments, window, scale
+        query, parts, query_positions, query_segments, window, scale
       )
     block = blockwise.BLOCK
   return blockwise.attention(

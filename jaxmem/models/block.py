@@ -5,14 +5,14 @@ axis, as a scan over the stacked tree hands them out.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxmem.adapters import linear
-from jaxmem.models import rope
+from jaxmem.models import checks, rope
 from jaxmem.models.attention import Part, attention
 from jaxmem.models.cache import Cache, read, store
 from jaxmem.models.config import ModelConfig
@@ -198,8 +198,9 @@ def key_value(
   return _key_value(config, maps, hidden)
 
 
-def _prefix_part(config, maps, prefix, rows):
+def _prefix_part(config, maps, prefix, rows, dtype):
   """Turn a layer's prefix into a part of its attention."""
+  checks.check_prefix(prefix, rows.segments)
   key, value = prefix.key, prefix.value
   if prefix.hidden is not None:
     if maps.index is not None and (
@@ -211,7 +212,8 @@ def _prefix_part(config, maps, prefix, rows):
       )
     if maps.rng is not None:  # the tokens' own draw comes from the plain key
       maps = maps._replace(rng=jax.random.fold_in(maps.rng, len(PROJECTIONS)))
-    key, value = _key_value(config, maps, prefix.hidden)
+    hidden = prefix.hidden.astype(dtype)
+    key, value = _key_value(config, maps, hidden)
   if prefix.positions is not None and rows.inverse is not None:
     if rows.inverse.ndim == 3 and rows.segments is not None:
       raise ValueError(
@@ -220,7 +222,7 @@ def _prefix_part(config, maps, prefix, rows):
       )
     cos, sin = rope.angles(config, prefix.positions, rows.inverse)
     key = rope.rotate(key, cos, sin)
-  return Part(key.astype(value.dtype), value, prefix.valid)
+  return Part(key, value, prefix.valid)
 
 
 def block(
@@ -233,6 +235,7 @@ def block(
   prefix: Prefix | None = None,
   prefix_fn: Callable | None = None,
   layer_state: Any = None,
+  past: Sequence[Cache] = (),
   cache: Cache | None = None,
   layer_index: jax.Array | int | None = None,
   adapters: dict[str, Any] | None = None,
@@ -248,8 +251,9 @@ def block(
     x: the stream, [B, T, D].
     rows: of the same tokens, from `layout`.
     window: tokens a query sees back, its own included; None is unlimited.
-    prefix, adapters: this layer's, without the layer axis.
-    cache: of all layers, with `layer_index` saying which one this is.
+    prefix, past, adapters: this layer's, without the layer axis.
+    cache: of all layers, with `layer_index` saying which one this is, or of
+      this layer alone (no layer axis) with `layer_index` None.
     rng: this layer's key for adapter dropout.
     Others as in `decoder.apply`.
   """
@@ -260,11 +264,12 @@ def block(
   normed = norm(config, layer["ln_1" if gpt2 else "input_layernorm"], x)
   parts, aux = [], None
   if prefix is not None:
-    parts.append(_prefix_part(config, maps, prefix, rows))
+    parts.append(_prefix_part(config, maps, prefix, rows, x.dtype))
+  parts.extend(Part(*read(earlier)) for earlier in past)
   retrieved = None
   if prefix_fn is not None:
     found, aux = prefix_fn(normed, rows.valid, layer_state)
-    retrieved = _prefix_part(config, maps, found, rows)
+    retrieved = _prefix_part(config, maps, found, rows, x.dtype)
   attended, cache, written = _attend(
     config, maps, normed, rows, window, parts, retrieved, cache, layer_index
   )

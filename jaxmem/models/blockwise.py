@@ -203,7 +203,7 @@ def _forward_block(queries, all_keys, window):
     carry, _ = jax.lax.scan(step, carry, keys)
   top, total, out = carry
   # Of a query that sees nothing the log-sum is only ever used as e^(-1e30 - x).
-  total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+  total = jnp.where(total > 0, total, 1.0)
   return (out / total).reshape(queries.query.shape), top + jnp.log(total)
 
 

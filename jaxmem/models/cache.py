@@ -42,7 +42,7 @@ def init_cache(
 
 def store(
   cache: Cache,
-  layer: jax.Array | int,
+  layer: jax.Array | int | None,
   key: jax.Array,
   value: jax.Array,
   valid: jax.Array,
@@ -54,13 +54,13 @@ def store(
   room is not checked: rows written past the end would overwrite the last ones.
 
   Args:
-    layer: [] int, which layer.
+    layer: [] int, which layer; None where the leaves come without that axis.
     key, value: [B, W, K, H]; valid, positions: [B, W].
 
   Raises:
     ValueError: more rows than the cache has slots.
   """
-  rows, capacity = key.shape[1], cache.valid.shape[2]
+  rows, capacity = key.shape[1], cache.valid.shape[-1]
   if rows > capacity:
     raise ValueError(
       f"cannot write {rows} rows into a cache of {capacity} slots; make it "
@@ -69,19 +69,24 @@ def store(
   new = (key.swapaxes(1, 2), value.swapaxes(1, 2), valid, positions)
   stored = []
   for old, rows in zip(cache[:4], new, strict=True):
-    rows = rows.astype(old.dtype)[None]
-    behind = (0, cache.length, 0) if old.ndim == 5 else (cache.length,)
-    start = (layer, 0, *behind)
+    rows = rows.astype(old.dtype)
+    start = (0, 0, cache.length, 0) if rows.ndim == 4 else (0, cache.length)
+    if layer is not None:
+      rows, start = rows[None], (layer, *start)
     stored.append(jax.lax.dynamic_update_slice(old, rows, start))
   return Cache(*stored, cache.length)
 
 
 def read(
-  cache: Cache, layer: jax.Array | int
+  cache: Cache, layer: jax.Array | int | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """Return one layer's key and value [B, S, K, H], valid and positions [B, S].
 
   These are the fields of an attention part, in order.
+
+  Args:
+    layer: which one; None where the leaves come without the layer axis.
   """
-  key, value, valid, positions = (leaf[layer] for leaf in cache[:4])
+  leaves = cache[:4] if layer is None else [leaf[layer] for leaf in cache[:4]]
+  key, value, valid, positions = leaves
   return key.swapaxes(1, 2), value.swapaxes(1, 2), valid, positions

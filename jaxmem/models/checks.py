@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxmem.models.parameters import parameter_shapes
 
 
-def check_apply(config, inputs, positions, segments, prefix, cache):
+def check_apply(config, inputs, positions, segments, prefix, caches):
   """Raise ValueError where the arguments of `decoder.apply` do not fit."""
   integer = jnp.issubdtype(inputs.dtype, jnp.integer)
   if inputs.ndim != (2 if integer else 3):
@@ -23,7 +23,7 @@ def check_apply(config, inputs, positions, segments, prefix, cache):
     raise ValueError(
       f"{tokens} tokens exceed the {config.max_positions} learned positions"
     )
-  if cache is not None:
+  for cache in caches:
     if positions is None:
       raise ValueError("a pass with a cache needs positions [B, T]")
     if segments is not None:
@@ -36,21 +36,23 @@ def check_apply(config, inputs, positions, segments, prefix, cache):
         f"{inputs.shape[0]}"
       )
   if prefix is not None:
-    _check_prefix(prefix, segments, config.num_layers)
+    for name, leaf in zip(prefix._fields, prefix, strict=True):
+      if leaf is not None and leaf.shape[0] != config.num_layers:
+        raise ValueError(
+          f"prefix.{name} leads with {leaf.shape[0]}, the model has "
+          f"{config.num_layers} layers"
+        )
 
 
-def _check_prefix(prefix, segments, layers):
+def check_prefix(prefix, segments):
+  """Raise ValueError at a prefix of one layer that cannot be read."""
   pair = (prefix.key is not None, prefix.value is not None)
   if pair[0] != pair[1] or pair[0] == (prefix.hidden is not None):
     raise ValueError("a prefix holds either hidden, or both key and value")
   if prefix.hidden is not None:
-    leaf, per_row = prefix.hidden, prefix.hidden.ndim == 4
+    per_row = prefix.hidden.ndim == 3
   else:
-    leaf, per_row = prefix.key, prefix.key.ndim == 5
-  if leaf.shape[0] != layers:
-    raise ValueError(
-      f"prefix leaves lead with {leaf.shape[0]}, the model has {layers} layers"
-    )
+    per_row = prefix.key.ndim == 4
   if per_row and segments is not None:
     raise ValueError(
       "a prefix per row cannot serve packed segments, which would all see it; "

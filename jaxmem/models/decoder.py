@@ -6,7 +6,7 @@ body over `block`.  Axes: B batch, T tokens, D width, N query heads, K key
 heads, H head width, L layers, P prefix rows, S cache slots, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -112,8 +112,13 @@ def embed(
     inputs: ids [B, T], or embeddings [B, T, D], which replace the lookup.
     positions: [B, T]; needed by gpt2, whose positions are learned.
     dtype: of the stream; None is that of the embedding table.
+
+  Raises:
+    ValueError: gpt2 without positions.
   """
   gpt2 = config.family == "gpt2"
+  if gpt2 and positions is None:
+    raise ValueError("gpt2 adds learned positions: give positions [B, T]")
   table = frozen["wte" if gpt2 else "embed_tokens"]["embedding"]
   dtype = table.dtype if dtype is None else dtype
   if jnp.issubdtype(inputs.dtype, jnp.integer):
@@ -203,6 +208,7 @@ def apply(
   prefix: Prefix | None = None,
   prefix_fn: Callable | None = None,
   layer_state: Any = None,
+  past: Sequence[Cache] = (),
   cache: Cache | None = None,
   adapters: dict[str, Any] | None = None,
   adapter_index: jax.Array | None = None,
@@ -230,6 +236,8 @@ def apply(
       (Prefix without the layer axis, aux). With a cache its rows are written
       before the tokens (position -1), so later calls go without prefix_fn.
     layer_state: pytree stacked over layers, for prefix_fn.
+    past: caches of rows read before that are only read, so that a loop need
+      not carry them.
     cache: rows read before; every new row is stored in it. A shared `prefix`
       is not: pass it again at each call. The caller keeps
       `length` + new rows <= capacity (on the device this is not checked).
@@ -248,7 +256,8 @@ def apply(
     ValueError: inputs that do not go together (the message says which), or
       adapters for projections that the model does not have.
   """
-  checks.check_apply(config, inputs, positions, segments, prefix, cache)
+  caches = [*past, *([] if cache is None else [cache])]
+  checks.check_apply(config, inputs, positions, segments, prefix, caches)
   checks.check_adapters(config, adapters)
   if positions is None:
     positions = _default_positions(inputs, segments)
@@ -270,6 +279,7 @@ def apply(
   per_layer = {
     "prefix": prefix,
     "layer_state": layer_state,
+    "past": [earlier._replace(length=None) for earlier in past],
     "adapters": adapters,
   }
   if varying:

@@ -178,6 +178,8 @@ def test_errors():
   fails("expected integer ids", ids[0])
   fails("hidden_size=12", jnp.zeros((2, 4, 5)))
   fails("16 learned positions", tiny.ids(1, 17), gpt2)
+  with pytest.raises(ValueError, match="gpt2 adds learned positions"):
+    decoder.embed(gpt2, tiny.params(gpt2), ids)
   fails("attn/q_proj; this llama", adapters={"attn": {"q_proj": {}}})
   cache = decoder.init_cache(LLAMA, 2, 3)
   positions = jnp.broadcast_to(jnp.arange(4), (2, 4))

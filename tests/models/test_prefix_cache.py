@@ -16,7 +16,7 @@ P, T = 3, 5  # prefix rows, tokens behind them
 
 
 @functools.partial(
-  jax.jit, static_argnums=0, static_argnames=("collect", "prefix_fn")
+  jax.jit, static_argnums=0, static_argnames=("collect", "prefix_fn", "dtype")
 )
 def _apply(config, frozen, inputs, **kwargs):
   return decoder.apply(config, frozen, inputs, **kwargs)
@@ -54,8 +54,10 @@ def _read(family, ids, prefix, **kwargs):
 
 
 # Windows hide part of the tokens, never of a prefix: llama-like ones only.
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+  ("family", "shared"),
+  [("llama", False), ("llama", True), ("qwen3", True), ("gpt2", False)],
+)
 def test_hidden_prefix_equals_the_tokens_recomputed(family, shared):
   ids, out = _whole(family, shared=shared)
   rows = out.collected[:, :, :P]  # [L, B, P, D]
@@ -136,7 +138,7 @@ def test_gradient_reaches_the_prefix():
 
 
 def test_a_prefix_before_packed_segments():
-  """Shared: every segment sees it. Per row: refused."""
+  """Every segment sees it, if all share it; one per row is refused below."""
   ids, out = _whole("llama", shared=True)
   places = jnp.broadcast_to(jnp.arange(P), (2, P))
   prefix = Prefix(out.collected[:, 0, :P], positions=places)
@@ -154,14 +156,6 @@ def test_a_prefix_before_packed_segments():
   np.testing.assert_allclose(
     got.hidden.reshape(2, T, -1), out.hidden[:, P:], atol=2e-5
   )
-  with pytest.raises(ValueError, match="packed segments"):
-    _apply(
-      config,
-      tiny.params(config),
-      packed,
-      segments=segments,
-      prefix=jax.tree.map(lambda leaf: leaf[:, None], prefix),
-    )
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
@@ -200,10 +194,9 @@ def _retrieve(normed, valid, state):
   return Prefix(state["rows"], positions=places), {"scores": scores}
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_retrieved_rows_enter_the_cache(family):
-  """At prefill, unplaced: later tokens see them past any window."""
-  config = tiny.FAMILIES[family]
+def test_retrieved_rows_enter_the_cache():
+  """At prefill, unplaced: later tokens see them past the window of 3."""
+  config = tiny.FAMILIES["mistral"]
   frozen, ids = tiny.params(config), tiny.ids(2, T)
   rows = np.random.default_rng(0).normal(size=(2, 2, P, 12))
   state = {"rows": jnp.asarray(rows, jnp.float32)}
@@ -269,6 +262,25 @@ def test_a_shared_prefix_stays_out_of_the_cache():
   np.testing.assert_allclose(got.hidden, out.hidden[:, P:], atol=2e-5)
 
 
+def test_memories_in_float32_serve_a_half_precision_stream():
+  frozen, ids = tiny.params(LLAMA), tiny.ids(2, T)
+  rows = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, P, 12)))
+  cache = decoder.init_cache(LLAMA, 2, P + T)  # float32 as well
+  out = _apply(
+    LLAMA,
+    frozen,
+    ids,
+    positions=_places(2, P, T),
+    prefix=Prefix(rows[:, 0]),
+    prefix_fn=_retrieve,
+    layer_state={"rows": rows},
+    cache=cache,
+    dtype=jnp.bfloat16,
+  )
+  assert out.hidden.dtype == jnp.bfloat16
+  assert out.cache.key.dtype == jnp.float32
+
+
 def test_errors():
   ids, out = _whole("llama")
   rows = out.collected[:, :, :P]
@@ -280,4 +292,10 @@ def test_errors():
   fails("either hidden, or both", Prefix(rows, key=rows))
   fails("either hidden, or both", Prefix(key=rows))
   fails("either hidden, or both", Prefix())
-  fails("1, the model has 2 layers", Prefix(rows[:1]))
+  fails("hidden leads with 1, the model has 2", Prefix(rows[:1]))
+  segments = jnp.ones((2, T), int)
+  for given in (
+    {"prefix": Prefix(rows)},
+    {"prefix": None, "prefix_fn": _retrieve, "layer_state": {"rows": rows}},
+  ):
+    fails("packed segments", segments=segments, **given)
