@@ -20,6 +20,9 @@ Ints = Sequence[int] | np.ndarray
 NONE = -1  # marks no label, no example
 GRAIN = 8  # row lengths and label counts are multiples of it
 SAMPLED_BATCHES = 256  # batches on which row lengths are compared
+# Tokens of a row at which comparing all with all costs as much as everything
+# else; about 7 times the model's width, so this is a rather small model's.
+EVEN_LENGTH = 2048
 
 
 class PackedBatch(NamedTuple):
@@ -61,8 +64,9 @@ def plan(
     label_counts: labels of every row (`Encoded.labels`).
     batches: row numbers of every batch of the run (`order.all_batches`);
       negative ones are no row.
-    length: S. If not given, the one of a few multiples of the longest row
-      that needs the fewest tokens R * S; the shorter one if equal.
+    length: S. If not given, that of some between the longest row and four
+      times as much that costs the least: tokens R * S, and for each of them
+      attention over S, which packed examples share and do not need.
     multiple: R is a multiple of it, the number of shards of the batch axis.
 
   Raises:
@@ -80,18 +84,20 @@ def plan(
       "or leave out longer rows when encoding"
     )
   sample = batches[:SAMPLED_BATCHES]
-  candidates = (
-    [length]
-    if length is not None
-    else [_round_up(longest * k // 4, GRAIN) for k in (4, 5, 6, 8, 12, 16)]
-  )
-  best, fewest = longest, None
-  for candidate in dict.fromkeys(candidates):
+  candidates = [length] if length is not None else _candidates(longest)
+  best, cheapest = longest, None
+  for candidate in candidates:
     shape = _plan_length(lengths, counts, sample, candidate, multiple)
-    tokens = shape.rows * shape.length
-    if fewest is None or tokens < fewest:
-      best, fewest = candidate, tokens
+    cost = shape.rows * candidate * (EVEN_LENGTH + candidate)
+    if cheapest is None or cost < cheapest:
+      best, cheapest = candidate, cost
   return _plan_length(lengths, counts, batches, best, multiple)
+
+
+def _candidates(longest: int) -> list[int]:
+  """Row lengths to compare: dense up to twice the longest row, then sparse."""
+  step = _round_up(-(-longest // 16), GRAIN)
+  return [*range(longest, 2 * longest + 1, step), 3 * longest, 4 * longest]
 
 
 def _plan_length(lengths, counts, batches, length, multiple) -> PackShape:

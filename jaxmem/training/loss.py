@@ -45,7 +45,7 @@ def cross_entropy(
     label_index: position in S whose logits predict the label.
     labels: token ids.
     label_valid: False where there is no label.
-    chunk: label positions per row and piece.
+    chunk: label positions per row and piece, at most.
     constrain: keeps a batch axis on its devices, from
       `parallel.make_constrain`.
 

@@ -223,3 +223,13 @@ ROWS = make_rows(4, 3)
 def test_errors(call, message):
   with pytest.raises(ValueError, match=message):
     call()
+
+
+def test_plan_prefers_short_rows_unless_long_ones_save_tokens():
+  """Attention in a row costs with its length; so does a row half empty."""
+  even = packing.plan([16] * 64, [4] * 64, [range(64)])
+  assert even == packing.PackShape(64, 16, 8, 1)  # nothing to gain
+  lengths = [160] * 4 + [24] * 20  # 1120 tokens; 160 + 24 need a longer row
+  shape = packing.plan(lengths, [4] * 24, [range(24)])
+  assert 160 < shape.length <= 320
+  assert shape.rows * shape.length <= 1.1 * sum(lengths)
