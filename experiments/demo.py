@@ -8,6 +8,8 @@ experiments' `tiny` configs are the ones that are measured.
 """
 
 import argparse
+import contextlib
+import io
 import os
 import pathlib
 import sys
@@ -41,7 +43,8 @@ def run_variants(workdir: pathlib.Path, stop: launch.Stop) -> bool:
     config = configs.load(f"{CONFIG}:smoke")
     configs.apply(config, overrides | {"cache": "../stages"})
     launch.write_records(config, folder)
-    remix.run(config, folder, stop)
+    with contextlib.redirect_stdout(io.StringIO()):  # its whole result.json
+      remix.run(config, folder, stop)
     if stop.requested:
       return False
   return True
