@@ -1,4 +1,4 @@
-"""From scores after each stage to retention, forgetting and what goes with them.
+"""From scores after each stage to retention, forgetting and their company.
 
 Source: Chen et al., arXiv 2411.07175: stage-1 accuracy Acc(D_a; theta_a),
 retention Acc(D_a; theta_last), forgetting their difference, plasticity
