@@ -7,10 +7,13 @@
 `smoke` runs in seconds, `tiny` is the small-scale protocol, `paper` are the
 values of Chen et al., arXiv 2411.07175 (below "paper"; "release" is its code,
 princeton-nlp/continual-factoid-memorization). Settings of stages are one value
-for all, or one per stage with commas: mix.source=random,none.
+for all, or one per stage with commas: mix.source=random,none. Sizes and rates
+of `tiny` come from remix_pilot.py; remix_ablations.py has further sweeps.
 """
 
 from ml_collections import ConfigDict
+
+from jaxmem.config import Point, chain, grid, product
 
 NAMES = ("smoke", "tiny", "paper")
 
@@ -140,7 +143,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
   config = ConfigDict()
   config.seed = 0
-  config.model = "tiny"  # embedded: tiny, nano; or a HF directory or hub id
+  config.model = "nano"  # embedded: tiny, nano; or a HF directory or hub id
   config.cache = "../remix_stages"  # of stages' weights, from the workdir
   config.profile = ()  # (start, n): trace these steps of the last stage
   config.data = _data()
@@ -154,7 +157,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.method = _method()
   config.match = ConfigDict(
     {
-      "run": "",  # workdir, from ours, of a run to be as long as
+      "run": "",  # workdir, from ours, of a run to be as long as; {seed}
       "what": "steps",  # or "tokens"
     }
   )
@@ -205,3 +208,64 @@ def _enlarge(config) -> None:
   config.eval.batch_tokens = 16_384
   config.mesh.data = 1
   config.mesh.fsdp = -1
+
+
+SEEDS = (0, 1, 2)
+OTHER_RATES = (3e-4, 3e-3)  # signs of effects may depend on the rate
+# Variants of the paper's tables: what is mixed into stage 1 and stage 2.
+MIXINGS = (
+  "random,none",
+  "prose,none",
+  "none,random",
+  "none,prose",
+  "random,random",
+  "prose,prose",
+  "random,prose",
+  "prose,random",
+)
+
+
+def get_sweep() -> list[Point]:
+  """Return the grid of the small-scale protocol, its references first."""
+  factoid = chain(
+    [{}],  # naive
+    grid({"mix.source": MIXINGS}),
+    grid({"replay.share": (0.01, 0.1), "replay.redraw": (False, True)}),
+    _methods((1e2, 1e3, 1e4, 1e5, 1e6), (0.1, 1.0, 10.0)),
+    [{"mix.source": "random,prose", "replay.share": 0.1}],
+    [{"method.name": "joint"}],
+  )
+  other = chain(
+    [{}],
+    grid({"mix.source": MIXINGS}),
+    grid({"replay.share": (0.1,)}),
+    _methods((1e4,), (1.0,)),
+  )
+  other = product([{"data.b": "differences"}], other)
+  points = product(chain(factoid, other), grid({"seed": SEEDS}))
+  return points + product(_matched(), grid({"seed": SEEDS}))
+
+
+def _methods(lambdas, betas) -> list[Point]:
+  """EWC and KL over their unknown strengths, and LoRA."""
+  return chain(
+    grid({"method.name": ("ewc",), "method.strength": lambdas}),
+    grid({"method.name": ("kl",), "method.strength": betas}),
+    [{"method.name": "lora"}],
+  )
+
+
+def _matched() -> list[Point]:
+  """Naive training for as many steps, or tokens, as two mixed runs took.
+
+  The runs' directories are named as experiments.sweep names them.
+  """
+  return grid(
+    {
+      "match.run": (
+        "../mix.source=none,random,seed={seed}",
+        "../mix.source=none,prose,seed={seed}",
+      ),
+      "match.what": ("steps", "tokens"),
+    }
+  )

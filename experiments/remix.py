@@ -231,6 +231,8 @@ def write_results(exp, plan, done, reports, analysis) -> None:
     for step, stage in zip(plan, done, strict=True)
   }
   result["analysis"] = analysis
+  if note := remix_setup.note(exp.config, exp.base):
+    result["note"] = note
   result["accuracy"] = retention.accuracies(reports, letters)
   correct = {
     f"after_{k}": {x: found.correct(x).astype(int).tolist() for x in letters}

@@ -25,6 +25,7 @@ from jaxmem.training import parallel
 
 # Drawn at random or no facts: the familiarity filter has nothing to find.
 UNKNOWN = ("kvr", "kvrB", "differences")
+SMALL_VOCABULARY = 8192  # tokens; real models have more
 PROSE_TOKENS = 256  # of a scored piece of text
 PROSE_SEED = 10_000  # not one of the passages that are mixed in
 _log = logging.getLogger(__name__)
@@ -246,3 +247,16 @@ def load_probes(
     base.tokenizer, texts, max_tokens=min(data.max_tokens, PROSE_TOKENS)
   )
   return probes | {"prose": prose[: data.prose_size]}
+
+
+def note(config: ConfigDict, base: Base) -> str:
+  """What must be said of a result beside its numbers, or nothing."""
+  names = [config.data[x] for x in chain.LETTERS if x in config.data]
+  ours = (*stages.WORLD, "kvr", "kvrB", "")
+  size = base.bench.model.config.vocab_size
+  if size >= SMALL_VOCABULARY or all(name in ours for name in names):
+    return ""
+  return (
+    f"pipeline check: a model of {size} tokens, made for an invented world, "
+    "knows nothing of these sets; the scores say that the program runs"
+  )

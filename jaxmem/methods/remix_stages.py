@@ -150,7 +150,8 @@ def matched_pace(
     raise ValueError(
       f"match.what is {match.what!r}; allowed: {', '.join(MATCHES)}"
     )
-  path = workdir / match.run / "result.json"
+  other_run = match.run.replace("{seed}", str(config.seed))
+  path = workdir / other_run / "result.json"
   if not path.is_file():
     raise ValueError(
       f"match.run: {path} does not exist; run that one first, or correct the "

@@ -6,12 +6,14 @@ import json
 import pytest
 
 from experiments import remix as experiment
+from experiments import remix_pilot, sweep
 from jaxmem import config as configs
 from jaxmem.data import stages, vocabulary
 from jaxmem.evaluation import familiarity
 from jaxmem.methods import remix_setup, remix_stages
 from jaxmem.models import huggingface
 from jaxmem.models.config import ModelConfig
+from jaxmem.training.logging import read_metrics
 from tests.methods import small
 
 CONFIG = "configs/remix.py"
@@ -153,15 +155,14 @@ def test_three_stages_with_everything_switched_on(run, tmp_path):
     **{
       "data.b": "kvr",
       "data.c": "differences",
-      "data.filter": True,
       "mix.source": "random,prose,prose",
       "mix.ratio": "1,0.5,0.5",
-      "method.name": "ewc",
+      "method.name": "l2",
       "method.reg_stages": (2, 3),
       "method.strength": 10.0,
-      "method.fisher_batch": 4,
       "replay.share": 0.5,
       "train.epochs": 2,
+      "eval.generate": False,
     },
   )
   found = result["stages"]
@@ -172,21 +173,51 @@ def test_three_stages_with_everything_switched_on(run, tmp_path):
   assert rows == {"a": [8, 8, 0], "b": [8, 4, 4], "c": [8, 4, 8]}
   assert found["a"]["overlap"] == {"answers": 0.0, "subjects": 0.0}
   assert "retention_never_replayed" in result
-  assert {"official", "forced"} < set(result["accuracy"]["after_3"]["b"])
-  (file,) = (tmp_path / "remix_stages").glob("familiarity-*.jsonl")
-  verdicts = familiarity.read(file)
-  assert len([v for v in verdicts if not v.known]) >= 8
-  assert verdicts[0].example.few_shot_prompt.count("Question:") == 5
+  assert set(result["accuracy"]["after_3"]) == {"a", "b", "c"}
+  assert not (tmp_path / "run" / "predictions").exists()
+  logged = [row["run"] for row in read_metrics(tmp_path / "run")]
+  assert set(logged) == {"a", "b", "c"}
+
+
+def test_facts_that_the_base_knows_are_left_out(model_dir, tmp_path):
+  """The filter's wiring, with a model that knows every third fact."""
+  pool = stages.load_set("world", size=2 * 8 + 4).examples
+  golds = {fact.question: fact.target for fact in pool[::3]}
+
+  class Bench:
+    def answer(self, weights, tokenizer, prompts, **settings):
+      texts = tokenizer.batch_decode(prompts, skip_special_tokens=True)
+      asked = [text.split("Question: ")[-1].split("\n")[0] for text in texts]
+      return [f" {golds.get(q, 'nobody')}\nQuestion:" for q in asked]
+
+  config = make_config(model_dir, **{"data.filter": True, "cache": "kept"})
+  tokenizer = huggingface.load_tokenizer(model_dir)
+  base = remix_setup.Base(Bench(), tokenizer, None, "name")
+  sets = remix_setup.load_sets(config, base, tmp_path, lambda step: False)
+  used = [row.example.question for row in sets.rows["a"]]
+  expected = [f.question for f in pool[:-4] if f.question not in golds][:8]
+  assert used == expected
+  assert [f.target for f in sets.familiar] == [f.target for f in pool[:16:3]]
+  assert sets.labels == {"a": "world", "b": "worldB"}
+  files = list((tmp_path / "kept").glob("familiarity-*.jsonl"))
+  verdicts = [familiarity.read(path) for path in files]
+  assert len(files) == 2 and {len(v) for v in verdicts} == {16}
+  Bench.answer = None  # the file is read, nothing is asked again
+  again = remix_setup.load_sets(config, base, tmp_path, lambda step: False)
+  assert [row.example.question for row in again.rows["a"]] == expected
 
 
 def test_joint_training_is_one_stage(run, tmp_path):
   result = run(
-    tmp_path / "run", **{"method.name": "joint", "eval.generate": False}
-  )
+    tmp_path / "run",
+    **{
+      "method.name": "joint", "eval.generate": False, "train.epochs": 2,
+      "data.size": 4,
+    },
+  )  # fmt: skip
   assert set(result["stages"]) == {"a"}
-  assert result["stages"]["a"]["rows_main"] == 16
+  assert result["stages"]["a"]["rows_main"] == 8
   assert result["forgetting"] == 0 and "plasticity" in result
-  assert not (tmp_path / "run" / "predictions").exists()
 
 
 # ---- pieces of it that need no training ------------------------------------
@@ -266,3 +297,52 @@ def test_configs_are_complete():
     assert config.is_locked
   with pytest.raises(ValueError, match="configs/remix.py:big is unknown"):
     configs.load(f"{CONFIG}:big")
+
+
+@pytest.mark.parametrize("name", ["remix", "remix_pilot", "remix_ablations"])
+def test_every_point_of_the_sweeps_can_be_run(name, tmp_path):
+  points = sweep.make_points(
+    f"configs/{name}.py", tmp_path, experiment="experiments.remix"
+  )
+  places = [point.workdir.name for point in points]
+  for at, point in enumerate(points):
+    config = configs.apply(configs.load(f"configs/{name}.py"), point.overrides)
+    letters = [x for x in "abcd" if config.data[x]]
+    sets = remix_setup.Sets(dict.fromkeys(letters, []), {}, {}, [])
+    assert remix_stages.plan(config, sets)
+    if config.match.run:  # a run that comes before it
+      other = config.match.run.replace("{seed}", str(config.seed))
+      assert other.removeprefix("../") in places[:at]
+
+
+def test_the_pilot_chooses_by_its_rule(tmp_path):
+  def cell(size, rate, kept, learned=100.0, first=100.0, b="world"):
+    scores = (kept, learned, first, 9)
+    names = (*remix_pilot.KEYS, *remix_pilot.SCORES)
+    return dict(zip(names, (size, rate, b, *scores), strict=True))
+
+  cells = [
+    cell(256, 1e-3, 62.0),
+    cell(512, 1e-3, 30.0),
+    cell(512, 3e-3, 41.0, learned=90.0),
+    cell(1024, 1e-3, 45.0),
+    cell(1024, 3e-3, 40.0),
+    cell(1024, 3e-3, 0.0, learned=94.0, b="differences"),
+  ]
+  assert remix_pilot.choose(cells) == cells[3]
+  assert remix_pilot.choose(cells[:1]) is None
+  for at, found in enumerate(cells):
+    workdir = tmp_path / "runs" / str(at)
+    workdir.mkdir(parents=True)
+    keys = {k.partition(".")[0]: {} for k in remix_pilot.KEYS}
+    for key in remix_pilot.KEYS:
+      group, _, leaf = key.partition(".")
+      keys[group][leaf] = found[key]
+    (workdir / "config.json").write_text(json.dumps(keys))
+    result = {k: found[k] for k in remix_pilot.SCORES}
+    (workdir / "result.json").write_text(json.dumps(result))
+  output = tmp_path / "pilot.json"
+  assert remix_pilot.main([str(tmp_path / "runs"), f"--output={output}"]) == 0
+  record = json.loads(output.read_text())
+  assert record["chosen"]["data.size"] == 1024 and len(record["cells"]) == 6
+  assert remix_pilot.main([str(tmp_path / "none"), f"--output={output}"]) == 2

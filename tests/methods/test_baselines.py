@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmem.data import packing
 from jaxmem.data.mixing import MAIN, MIXED
 from jaxmem.methods import baselines, remix
+from jaxmem.methods.bench import Bench, Training
+from jaxmem.training import parallel
 from jaxmem.training.step import Gather
 from tests.methods import small
 
@@ -20,13 +23,9 @@ PACKED = small.packed(small.encoded(5), SOURCES, length=24)
 BATCH = jax.tree.map(jnp.asarray, PACKED)
 
 
-def value_and_grad(name, kl_inputs="main"):
-  return _value_and_grad(name, kl_inputs)
-
-
 @functools.cache
-def _value_and_grad(name, kl_inputs):
-  """Loss, penalty and gradients of a method, compiled once."""
+def compiled(name, kl_inputs="main", grad=True):
+  """Loss and penalty of a method, and gradients of both, compiled once."""
   method = make(name, small.params(), kl_inputs=kl_inputs)
   loss_fn = remix.make_loss(
     small.MODEL, weights=method.weights, penalty=method.penalty
@@ -34,15 +33,23 @@ def _value_and_grad(name, kl_inputs):
 
   def call(params, frozen):
     loss_sum, aux = loss_fn(params, (), frozen, BATCH, rng=RNG, gather=Gather())
-    return loss_sum, (aux.count, aux.metrics)
+    added = aux.metrics.get("penalty", (jnp.float32(0),))[0]
+    return loss_sum, (added, aux.count)
 
-  return jax.jit(jax.value_and_grad(call, has_aux=True))
+  def penalty_alone(params, frozen):
+    loss_sum, (added, count) = call(params, frozen)
+    return added, (loss_sum, count)
+
+  chosen = call if method.penalty is None else penalty_alone
+  if grad:
+    chosen = jax.value_and_grad(chosen, has_aux=True)
+  return jax.jit(chosen)
 
 
 def make(name, start, strength=2.0, **options):
   return baselines.make_method(
     name, small.MODEL, start, strength=strength,
-    importance=jax.tree.map(lambda w: jnp.abs(w) + 1, start), rng=RNG,
+    importance=jax.tree.map(lambda w: np.abs(w) + 1, start), rng=RNG,
     rank=3, **options,
   )  # fmt: skip
 
@@ -50,7 +57,7 @@ def make(name, start, strength=2.0, **options):
 def moved(tree, by=0.01):
   rng = np.random.default_rng(1)
   return jax.tree.map(
-    lambda x: x + by * rng.normal(size=x.shape).astype(np.float32), tree
+    lambda x: np.asarray(x) + np.float32(by * rng.normal(size=x.shape)), tree
   )
 
 
@@ -63,32 +70,39 @@ def assert_close(a, b, **tolerance):
     np.testing.assert_allclose(x, y, **tolerance)
 
 
-@pytest.mark.parametrize("name", ["ewc", "l2", "kl"])
-def test_penalties_are_zero_at_the_anchor_and_so_are_their_gradients(name):
+def test_kl_is_zero_at_the_anchor_and_so_is_its_gradient():
   params = small.params()
-  (plain, (count, _)), grads = value_and_grad("naive")(params, {})
-  method = make(name, params)
-  (loss, (_, metrics)), with_penalty = value_and_grad(name)(
-    params, method.frozen
-  )
-  assert abs(float(metrics["penalty"][0])) < 1e-5 * float(count)
+  method = make("kl", params)
+  (added, (loss, count)), grads = compiled("kl")(params, method.frozen)
+  plain, _ = compiled("naive", grad=False)(params, {})
+  assert abs(float(added)) < 1e-5 * float(count)
   np.testing.assert_allclose(loss, plain, rtol=1e-6)
-  assert_close(with_penalty, grads, rtol=1e-4, atol=1e-5)
+  assert max(np.abs(leaf).max() for leaf in leaves(grads)) < 1e-4 * count
 
 
 @pytest.mark.parametrize("name", ["ewc", "l2"])
-def test_quadratic_penalties_are_their_formula(name):
+def test_quadratic_penalties_are_their_formula_and_zero_at_the_anchor(name):
   anchor = small.params()
   params, method = moved(anchor), make(name, anchor)
-  (_, (count, metrics)), _ = value_and_grad(name)(params, method.frozen)
+  assert method.penalty is baselines.quadratic
+
+  @jax.jit
+  @jax.value_and_grad
+  def penalty(params):
+    return baselines.quadratic(
+      params, method.frozen, None, None, count=jnp.float32(7), gather=Gather()
+    )
+
   weights = [np.abs(a) + 1 if name == "ewc" else 1 for a in leaves(anchor)]
   expected = sum(
     (f * (p - a) ** 2).sum()
     for f, p, a in zip(weights, leaves(params), leaves(anchor), strict=True)
   )
   np.testing.assert_allclose(
-    metrics["penalty"][0] / count, 2.0 / 2 * expected, rtol=1e-5
+    penalty(params)[0], 7 * 2.0 / 2 * expected, rtol=1e-5
   )
+  at_anchor, grads = penalty(anchor)
+  assert at_anchor == 0 and all((leaf == 0).all() for leaf in leaves(grads))
 
 
 @jax.jit
@@ -103,17 +117,20 @@ def log_probs(params):
 def test_kl_is_the_mean_over_the_labels_of_the_chosen_rows(inputs):
   anchor = small.params()
   params, method = moved(anchor, 0.05), make("kl", anchor, kl_inputs=inputs)
-  (_, (count, metrics)), _ = value_and_grad("kl", inputs)(params, method.frozen)
+  if inputs == "main":
+    (added, (_, count)), _ = compiled("kl")(params, method.frozen)
+  else:
+    call = compiled("kl", inputs, grad=False)
+    added, (_, count) = call(params, method.frozen)
   old, new = np.asarray(log_probs(anchor)), np.asarray(log_probs(params))
   divergence = (np.exp(old) * (old - new)).sum(-1)
-  packed = PACKED
-  slot = np.maximum(packed.label_slot, 0)
-  source = np.take_along_axis(packed.example_source, slot, axis=1)
+  slot = np.maximum(PACKED.label_slot, 0)
+  source = np.take_along_axis(PACKED.example_source, slot, axis=1)
   wanted = MAIN if inputs == "main" else MIXED
-  here = (packed.label_slot >= 0) & (source == wanted)
+  here = (PACKED.label_slot >= 0) & (source == wanted)
   expected = 2.0 * divergence[here].mean()
   assert expected > 1e-3
-  np.testing.assert_allclose(metrics["penalty"][0] / count, expected, rtol=1e-4)
+  np.testing.assert_allclose(added / count, expected, rtol=1e-4)
 
 
 def test_kl_in_pieces_is_kl_at_once():
@@ -139,17 +156,17 @@ def test_kl_in_pieces_is_kl_at_once():
 
 def test_lora_starts_as_the_base_trains_alone_and_merges():
   base = small.params()
-  (plain, _), _ = value_and_grad("naive")(base, {})
+  plain, _ = compiled("naive", grad=False)(base, {})
   method = make("lora", base, alpha=6)
-  (loss, _), grads = value_and_grad("lora")(method.params, method.frozen)
+  (loss, _), grads = compiled("lora")(method.params, method.frozen)
   np.testing.assert_allclose(loss, plain, rtol=1e-6)
   names = {p[-1].key for p, _ in jax.tree_util.tree_leaves_with_path(grads)}
   assert names == {"lora_A", "lora_B"}, "the scale is not trained"
   assert len(jax.tree.leaves(grads)) == 2 * 7, "all seven linear maps"
   params = moved(method.params, 0.1)
-  (adapted, _), _ = value_and_grad("lora")(params, method.frozen)
+  (adapted, _), _ = compiled("lora")(params, method.frozen)
   merged = method.finish(params, method.frozen)
-  (alone, _), _ = value_and_grad("naive")(merged, {})
+  alone, _ = compiled("naive", grad=False)(merged, {})
   assert abs(float(adapted) - float(plain)) > 1e-3
   np.testing.assert_allclose(adapted, alone, rtol=1e-4)
   few = make("lora", base, targets=("q_proj", "v_proj"))
@@ -160,56 +177,48 @@ def test_lora_starts_as_the_base_trains_alone_and_merges():
 
 
 @functools.cache
-def fisher_step(labels):
-  return jax.jit(baselines.make_fisher_step(small.MODEL, labels))
+def bench():
+  mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+  return Bench(small.MODEL, mesh, Training(epochs=1, batch_size=4, rate=1e-3))
 
 
-@functools.cache
-def one_gradient():
-  def loss(params, row):
+def fisher(labels, rng=RNG):
+  """Importance of all weights for six facts, in batches of four."""
+  weights = bench().put(small.params())
+  return bench().fisher(
+    weights, small.encoded(6), labels=labels, rng=rng, batch_size=4
+  )
+
+
+@jax.jit
+def one_gradient(params, row):
+  def loss(params):
     hidden = small.MODEL.hidden(params, row)
     return remix.score_labels(small.MODEL, params, row, hidden).nll.sum()
 
-  return jax.jit(jax.grad(loss))
+  return jax.grad(loss)(params)
 
 
 def test_fisher_with_gold_labels_is_the_mean_of_squared_gradients():
   rows, params = small.encoded(6), small.params()
-  total = baselines.start_fisher(params)
-  shape = small.padded(rows[:4])
-  for part in (rows[:4], rows[4:]):
-    packed = small.packing.pad(
-      part, range(len(part)), [0] * len(part),
-      small.packing.PackShape(*shape.ids.shape, shape.labels.shape[1], 1),
-    )  # fmt: skip
-    total, _ = fisher_step("gold")(total, params, packed, RNG)
-  found = baselines.finish_fisher(total)
-  expected = jax.tree.map(jnp.zeros_like, params)
+  shape = packing.plan_padded(
+    [len(r.ids) for r in rows], [r.labels for r in rows], 1
+  )
+  expected = jax.tree.map(lambda x: np.zeros(x.shape), params)
   for row in rows:
-    single = small.packing.pad(
-      [row], [0], [0],
-      small.packing.PackShape(1, shape.ids.shape[1], shape.labels.shape[1], 1),
-    )  # fmt: skip
-    grads = one_gradient()(params, single)
-    expected = jax.tree.map(lambda e, g: e + g * g / 6, expected, grads)
-  assert_close(found, expected, rtol=1e-3, atol=1e-6)
+    grads = one_gradient(params, packing.pad([row], [0], [0], shape))
+    expected = jax.tree.map(
+      lambda e, g: e + np.square(g) / 6, expected, jax.device_get(grads)
+    )
+  assert_close(fisher("gold"), expected, rtol=1e-3, atol=1e-6)
 
 
-def test_fisher_with_drawn_labels_does_not_vanish():
-  """Where every label is certain, gold labels give nothing, drawn ones do."""
-  params, rows = small.params(), small.encoded(4)
-  packed = small.padded(rows)
-  start = baselines.start_fisher(params)
-  first, _ = fisher_step("sampled")(start, params, packed, RNG)
-  again, _ = fisher_step("sampled")(start, params, packed, RNG)
-  assert_close(first, again)
-  other, _ = fisher_step("sampled")(start, params, packed, jax.random.key(9))
-  gold, _ = fisher_step("gold")(start, params, packed, RNG)
-  norms = [
-    sum(x.sum() for x in leaves(t.squares)) for t in (first, other, gold)
-  ]
+def test_fisher_with_drawn_labels_depends_on_the_key_alone():
+  first, gold = fisher("sampled"), fisher("gold")
+  assert_close(first, fisher("sampled"))
+  other = fisher("sampled", jax.random.key(9))
+  norms = [sum(x.sum() for x in leaves(t)) for t in (first, other, gold)]
   assert len(set(map(float, norms))) == 3 and min(norms) > 0
-  assert int(first.examples) == 4
 
 
 def test_errors_say_what_is_wrong():
@@ -227,7 +236,8 @@ def test_errors_say_what_is_wrong():
   with pytest.raises(ValueError, match="fisher_labels is 'drawn'; allowed"):
     baselines.make_fisher_step(small.MODEL, "drawn")
   with pytest.raises(ValueError, match="use the padded layout"):
-    fisher_step("gold")(baselines.start_fisher(params), params, BATCH, RNG)
+    start = baselines.start_fisher(params)
+    baselines.make_fisher_step(small.MODEL)(start, params, PACKED, RNG)
   with pytest.raises(ValueError, match="no example to take"):
     baselines.finish_fisher(baselines.start_fisher(params))
   with pytest.raises(ValueError, match=r"reg_stages has \[3\]; .* 1 to 2"):
