@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jaxmem import launch
+from jaxmem import launch, models
 from jaxmem.data import mixing, packing, stages
 from jaxmem.evaluation import factoids, retention
 from jaxmem.methods import (
@@ -40,6 +40,7 @@ from jaxmem.methods import (
   where_facts_live,
 )
 from jaxmem.methods.remix_setup import Base, Sets
+from jaxmem.models import huggingface
 
 RESULT_FILE, CORRECT_FILE = "result.json", "correct.json"
 _log = logging.getLogger("jaxmem.experiments.remix")
@@ -83,7 +84,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   for k, step in enumerate(plan):
     data, pace = prepare(exp, step, shape)
     shape = shape or data.shape
-    key = remix_stages.stage_key(config, key, step, sets)
+    key = remix_stages.stage_key(config, key, step, sets, pace)
     last = k + 1 == len(plan)
     stage = run_stage(exp, step, data, pace, weights, key, last=last)
     if stage is None:
@@ -93,6 +94,11 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     reports.append(ask(weights, k + 1))
     if reports[-1] is None:
       return
+  if config.export:
+    huggingface.save(
+      workdir / "model", base.bench.model.config, weights,
+      tokenizer_from=models.find(config.model),
+    )  # fmt: skip
   found = analyse(exp, done) if config.eval.analysis else {}
   if found is not None:
     write_results(exp, plan, done, reports, found)

@@ -7,12 +7,14 @@ question file, which `local.local_row` reads.
 
 import dataclasses
 import pathlib
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxmem.data import (
+  formats,
   loader,
   mixing,
   packing,
@@ -78,6 +80,9 @@ def load_set(
       share no part of their names with those of other stages (world facts).
     options: of `sets.load`, for this set.
 
+  Options of multiple-choice rows are placed once, at random. (The release
+  places them anew in every batch.)
+
   Raises:
     ValueError: an unknown name, no source, or see `sets.load`.
   """
@@ -102,9 +107,20 @@ def load_set(
       )
   if not source and head in ("kvr", "kvrB"):
     options = {"seed": seed, "count": 2 * size} | options
-  return sets.load(
+  loaded = sets.load(
     head, source=source or None, size=size, on_error=on_error, **options
   )
+  if not is_choice(name):
+    return loaded
+  rng = random.Random(f"jaxmem/choice/{seed}")
+  placed = [formats.multiple_choice(row, rng) for row in loaded.examples]
+  return dataclasses.replace(loaded, examples=placed)
+
+
+def is_choice(name: str) -> bool:
+  """Whether a set's questions list options, of which a letter is answered."""
+  head = name.partition(":")[0]
+  return head in sets.SETS and sets.SETS[head].kind == "choice"
 
 
 def _is_set(name) -> bool:
@@ -284,6 +300,7 @@ def make_stage_data(
   compat_mask: bool = False,
   compat_pad_loss: bool = False,
   at_least: packing.PackShape | None = None,
+  local_rows: Callable[[int], np.ndarray] | None = None,
 ) -> StageData:
   """Encode, mix, order and plan one stage.
 
@@ -304,6 +321,7 @@ def make_stage_data(
     compat_mask: see `tokenize.encode_chats`.
     at_least: shape to be used if it is not much larger, so that stages share
       a program.
+    local_rows: R -> rows of the arrays that this process holds; None for all.
 
   Raises:
     ValueError: too few usable rows, or any wrong value.
@@ -336,6 +354,7 @@ def make_stage_data(
     order,
     shape,
     layout=layout,
+    keep=None if local_rows is None else local_rows(shape.rows),
     compat_pad_loss=compat_pad_loss,
     pad_id=tokenizer.eos_token_id,
   )

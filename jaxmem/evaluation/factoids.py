@@ -9,9 +9,11 @@ spelling in tokens), so final numbers come from generation.
 Source: Chen et al., arXiv 2411.07175, `src/run_eval.py` of its code.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
+import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from jaxmem.data import packing
-from jaxmem.data.records import Example
+from jaxmem.data.records import Example, Message
 from jaxmem.data.tokenize import Encoded, leading_ids
 from jaxmem.evaluation import metrics
 
@@ -134,6 +136,37 @@ def text_rows(
   return rows
 
 
+def other_answers(rows: Sequence[Encoded], seed: int = 0) -> list[Example]:
+  """The same questions, each with the answer of another fact.
+
+  Of a fact of the same relation where there is one with another answer, else
+  of any; for the two-way choice whether a model finds the gold answer likelier.
+  """
+  rng = random.Random(f"jaxmem/other-answers/{seed}")
+  by_relation: dict[str, list[str]] = {}
+  for row in rows:
+    by_relation.setdefault(row.example.relation, []).append(row.example.target)
+  everything = [row.example.target for row in rows]
+  out = []
+  for row in rows:
+    gold = row.example.target
+    for pool in (by_relation[row.example.relation], everything):
+      others = sorted({text for text in pool if text != gold})
+      if others:
+        break
+    else:
+      raise ValueError(
+        f"all {len(rows)} facts have the answer {gold!r}: no other to choose "
+        "from; set eval.probes=False or give more facts"
+      )
+    turns = (
+      *row.example.messages[:-1],
+      Message("assistant", rng.choice(others)),
+    )
+    out.append(dataclasses.replace(row.example, messages=turns))
+  return out
+
+
 class Answered(NamedTuple):
   """One generated answer and what each rule says of it."""
 
@@ -147,7 +180,12 @@ class Answered(NamedTuple):
 
 
 def judge(
-  example: Example, prompt: str, text: str, *, dataset: str = ""
+  example: Example,
+  prompt: str,
+  text: str,
+  *,
+  dataset: str = "",
+  choice: bool = False,
 ) -> Answered:
   """Score one generated text by all rules.
 
@@ -157,9 +195,11 @@ def judge(
     text: the generated answer.
     dataset: its official name; "webqa" is scored by substring, where an empty
       text is right too.
+    choice: the question lists options: only the answer's letter counts.
   """
   gold = example.target
-  official = metrics.remix_score(text, gold, dataset=dataset)
+  mode = "qa_multiple_choice+eval" if choice else "none"
+  official = metrics.remix_score(text, gold, dataset=dataset, mode=mode)
   said = metrics.remix_parse(text)
   answers = example.answers or (gold,)
   return Answered(

@@ -80,11 +80,20 @@ def headline(
     never = last.correct(first)[~replayed]
     out["retention_never_replayed"] = 100.0 * float(never.mean())
   out["retention_forced"] = last.forced[first].accuracy
+  if "other" in last.forced:
+    out["choice_learned"] = _chosen(reports[1], first)
+    out["choice_retained"] = _chosen(last, first)
   for name in ("held_out", "reversed"):
     if name in last.forced:
       out[f"{name}_learned"] = reports[1].forced[name].accuracy
       out[f"{name}_retained"] = last.forced[name].accuracy
   return out
+
+
+def _chosen(report, first) -> float:
+  """How often the gold answer is likelier than another fact's, in percent."""
+  gold, other = report.forced[first].nll, report.forced["other"].nll
+  return 100.0 * float((gold < other).mean())
 
 
 def accuracies(

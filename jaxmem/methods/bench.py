@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmem.data import packing
@@ -79,16 +80,24 @@ class Bench:
     """What the rows of every batch must be a multiple of."""
     return parallel.row_shards(self.mesh)
 
+  def local_rows(self, rows: int) -> np.ndarray:
+    """Rows of a batch that this process gives its devices."""
+    return parallel.local_rows(self.mesh, rows)
+
+  def place(self, batch: Any) -> Any:
+    """Put a whole host batch, equal on all processes, on the devices."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    keep = self.local_rows(rows)
+    return parallel.place(
+      jax.tree.map(lambda x: x[keep], batch), self.mesh, rows
+    )
+
   def scorer(
     self, weights: Any
   ) -> Callable[[packing.PackedBatch], remix.ExampleScores]:
     """Make the function batch -> scores of its examples."""
 
-    def score(batch):
-      placed = parallel.place(batch, self.mesh, batch.ids.shape[0])
-      return self._score(weights, placed)
-
-    return score
+    return lambda batch: self._score(weights, self.place(batch))
 
   def answer(
     self,
@@ -122,7 +131,7 @@ class Bench:
         prompts[start : start + POLLED_BATCHES * batch_size],
         settings,
         batch_size=batch_size,
-        place=lambda batch: parallel.place(batch, self.mesh, batch_size),
+        place=self.place,
         constrain=self.model.constrain,
         dtype=self.model.dtype,
       )
@@ -179,5 +188,7 @@ class Bench:
       part = rows[start : start + size]
       zeros = [MAIN] * len(part)
       batch = packing.pad(part, range(len(part)), zeros, shape)
+      keep = self.local_rows(shape.rows)
+      batch = jax.tree.map(lambda x, keep=keep: x[keep], batch)
       state, _ = compiled.call(state, weights, [batch], rng)
     return baselines.finish_fisher(state)

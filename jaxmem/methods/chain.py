@@ -217,22 +217,27 @@ def train_stage(
     )  # fmt: skip
   if not (trained.finished or rule.reached):
     return None
-  steps, progress = int(trained.state.step), trained.state.memory
-  record = {
-    "steps": steps,
-    "epochs": steps / epoch_steps,
-    "tokens": data.tokens(steps),
-    "slots": steps * data.shape.rows * data.shape.length,
-    "schedule_steps": length.schedule_steps,
-    "em_last_epoch": 100.0
-    * int(progress.last_exact)
-    / max(int(progress.last_seen), 1),
+  record = _record(trained.state, data, length) | {
     "stopped_early": rule.reached,
     "seconds": clock.position()["seconds"],
-    **{f"rows_{k}": v for k, v in data.stage.counts.items()},
   }
   weights = method.finish(trained.state.params, method.frozen)
   return Trained(weights, record)
+
+
+def _record(state, data: stages.StageData, length: Pace) -> dict[str, Any]:
+  """How long a stage was, and how well it knew its rows at the end."""
+  steps, progress = int(state.step), state.memory
+  exact = int(progress.last_exact) / max(int(progress.last_seen), 1)
+  return {
+    "steps": steps,
+    "epochs": steps / data.order.steps_per_epoch,
+    "tokens": data.tokens(steps),
+    "slots": steps * data.shape.rows * data.shape.length,
+    "schedule_steps": length.schedule_steps,
+    "em_last_epoch": 100.0 * exact,
+    **{f"rows_{k}": v for k, v in data.stage.counts.items()},
+  }
 
 
 def settings_key(*settings: Any) -> str:

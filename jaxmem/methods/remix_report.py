@@ -49,7 +49,8 @@ def report(
   answered: dict[str, list[factoids.Answered]] = {}
   for name, examples in questions(config, sets, stage).items():
     label = sets.labels.get(name, name)
-    found = answer(config, base, weights, examples, label, stop)
+    choice = name in sets.labels and stages.is_choice(config.data[name])
+    found = answer(config, base, weights, examples, label, stop, choice)
     if found is None:
       return None
     answered[name] = found
@@ -87,12 +88,14 @@ def answer(
   examples: list[Example],
   label: str,
   stop: Callable[[int], bool],
+  choice: bool = False,
 ) -> list[factoids.Answered] | None:
   """Ask questions and judge the answers; None when stopped.
 
   Args:
     label: the set's name in files; "familiar" facts are asked as the filter
       asked them, "webqa" is scored by the release's own rule.
+    choice: questions with options; letters are compared.
   """
   few_shot = label == "familiar"
   prompts = [
@@ -125,6 +128,6 @@ def answer(
   if few_shot:
     texts = [familiarity.first_line(text) for text in texts]
   return [
-    factoids.judge(*row, dataset=label)
+    factoids.judge(*row, dataset=label, choice=choice)
     for row in zip(examples, prompts, texts, strict=True)
   ]

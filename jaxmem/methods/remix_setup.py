@@ -225,8 +225,10 @@ def load_probes(
       data.known, size=data.known_size, on_error=data.on_error
     )
     probes["known"] = encode(known.examples, size=data.known_size).rows
-  if data.a == "world" and config.eval.probes:
-    facts = [row.example for row in rows["a"]]
+  facts = [row.example for row in rows["a"]]
+  if config.eval.probes and stages.is_factoid(data.a):
+    probes["other"] = encode(factoids.other_answers(rows["a"])).rows
+  if config.eval.probes and data.a == "world":
     for name, ask in (
       ("held_out", world_sets.held_out_question),
       ("reversed", world_sets.reversed_question),

@@ -91,6 +91,7 @@ def stage_data(
     compat_mask=compat.mask,
     compat_pad_loss=compat.pad_loss,
     at_least=shape,
+    local_rows=base.bench.local_rows,
   )
 
 
@@ -99,16 +100,18 @@ def stage_key(
   before: str,
   step: chain.StagePlan,
   sets: Sets,
+  pace: chain.Pace | None = None,
 ) -> str:
   """Name of a stage's weights by all that decides them.
 
   Args:
     before: the key of the stage before, or the base's fingerprint.
+    pace: of `matched_pace`.
   """
   flat = configs.flatten(config)
   # What changes no number, and what the plan says already.
   free = ("train.steps_per_call", "train.save_steps", "train.log_steps")
-  groups = ["seed", "train.", "compat.", "data.", "match."]
+  groups = ["seed", "train.", "compat.", "data."]
   if step.ratio:
     groups.append("mix.")
   if step.method != "naive":
@@ -126,7 +129,7 @@ def stage_key(
   # Random words avoid the answers of all sets; name groups are as many.
   if step.ratio or config.data.disjoint_names:
     settings["sets"] = [config.data[letter] for letter in sets.rows]
-  return chain.settings_key(before, dataclasses.asdict(step), settings)
+  return chain.settings_key(before, dataclasses.asdict(step), settings, pace)
 
 
 def matched_pace(

@@ -77,6 +77,17 @@ def test_sets_by_name_by_source_and_by_path(tmp_path):
     stages.load_set("world", size=None)
 
 
+def test_options_are_placed_into_the_question(tmp_path):
+  path = tmp_path / "rows.json"
+  path.write_text(
+    '[{"input_text": "which", "target_text": "y", '
+    '"target_candidates": ["x", "y", "z"]}]'
+  )
+  (row,) = stages.load_set(f"piqa:{path}", size=None, seed=1).examples
+  assert row.question.count("\n") >= 4 and row.target.endswith(". y")
+  assert stages.is_choice(f"piqa:{path}") and not stages.is_choice("world")
+
+
 def test_random_words_to_mix_in_avoid_answers():
   avoid = stages.load_set("world", size=200).examples
   taken = {word for fact in avoid for a in fact.answers for word in a.split()}

@@ -109,6 +109,29 @@ def test_rules_of_judging():
     factoids.summarise([])
 
 
+def test_options_are_compared_by_their_letter():
+  example = question_answer(0, "which\nA. x\nB. y", ["B. y", "B"], "choice")
+  for text, right in ((" b. anything", True), ("A. x", False), ("y", False)):
+    found = factoids.judge(example, "", text, choice=True)
+    assert found.official.correct == right, text
+
+
+def test_other_answers_are_of_the_same_relation_where_possible():
+  made = [("home", "x"), ("home", "y"), ("home", "x"), ("pet", "cat")]
+  given = []
+  for i, (relation, answer) in enumerate(made):
+    example = question_answer(i, f"q{i}", [answer], "s", relation=relation)
+    given.append(Encoded(np.zeros(1, np.int32), np.zeros(1, bool), example))
+  other = factoids.other_answers(given)
+  assert [example.target for example in other[:3]] == ["y", "x", "y"]
+  assert other[3].target in "xy" and other[3].question == "q3"
+  assert [example.target for example in factoids.other_answers(given)] == [
+    example.target for example in other
+  ]
+  with pytest.raises(ValueError, match="all 1 facts have the answer 'cat'"):
+    factoids.other_answers(given[3:])
+
+
 def test_files_have_the_releases_layout(tmp_path):
   factoids.write_predictions(tmp_path, "kvr", [judged("New york"), judged("x")])
   factoids.write_predictions(tmp_path, "lama", [judged("y")])
@@ -150,6 +173,12 @@ def test_headline_numbers():
   assert (found["known_before"], found["known_after"]) == (100, 0)
   assert found["perplexity_after"] == pytest.approx(math.exp(2))
   assert found["retention_never_replayed"] == pytest.approx(100 / 3)
+  choosing = [
+    Report(r.forced | {"other": scores(0, 0, 0, 0, nll=nll)}, {})
+    for r, nll in zip(reports, (0, 3.0, 1.0), strict=True)
+  ]
+  found = retention.headline(choosing, ["a", "b"])
+  assert (found["choice_learned"], found["choice_retained"]) == (100, 0)
   table = retention.accuracies(reports, ["a", "b"])
   assert table["after_2"]["a"] == {"forced": 50.0}
   with pytest.raises(ValueError, match="1 reports of 2 sets"):

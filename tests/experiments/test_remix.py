@@ -1,16 +1,19 @@
 """The whole experiment on a model of a few thousand weights, and its pieces."""
 
+import dataclasses
 import functools
 import json
+import pathlib
 
+import numpy as np
 import pytest
 
 from experiments import remix as experiment
-from experiments import remix_pilot, sweep
+from experiments import remix_compare, remix_pilot, sweep
 from jaxmem import config as configs
 from jaxmem.data import stages, vocabulary
 from jaxmem.evaluation import familiarity
-from jaxmem.methods import remix_setup, remix_stages
+from jaxmem.methods import bench, remix_setup, remix_stages
 from jaxmem.models import huggingface
 from jaxmem.models.config import ModelConfig
 from jaxmem.training.logging import read_metrics
@@ -58,13 +61,13 @@ def shared_base(model_dir):
   load = remix_setup.load_base
 
   @functools.cache
-  def bench(settings):
+  def shared(settings):
     return load(make_config(model_dir)).bench
 
   def load_base(config):
     base = load(config)
     settings = configs.flatten(config.train) | {"compat": config.compat.shards}
-    return base._replace(bench=bench(json.dumps(settings, sort_keys=True)))
+    return base._replace(bench=shared(json.dumps(settings, sort_keys=True)))
 
   return load_base
 
@@ -289,6 +292,47 @@ def test_a_run_as_long_as_another(model_dir, tmp_path):
   config.match.what = "seconds"
   with pytest.raises(ValueError, match="match.what is 'seconds'; allowed"):
     pace(second, data)
+
+
+def test_every_value_of_the_config_is_read():
+  files = [*pathlib.Path("jaxmem/methods").glob("remix_*.py")]
+  files += [pathlib.Path("experiments/remix.py")]
+  code = "\n".join(path.read_text() for path in files)
+  fields = {field.name for field in dataclasses.fields(bench.Training)}
+  for name in configs.flatten(configs.load(CONFIG)):
+    leaf = name.rpartition(".")[2]
+    by_letter = name.startswith("data.") and len(leaf) == 1
+    in_training = name.startswith("train.") and leaf in fields
+    assert f".{leaf}" in code or by_letter or in_training, name
+
+
+def test_rows_are_compared_fact_by_fact(tmp_path, capsys):
+  rng = np.random.default_rng(0)
+  for seed in (0, 1):
+    base = rng.integers(0, 2, 200)
+    for name, overrides, right in (
+      ("naive", {}, base),
+      ("mixed", {"mix.source": "none,prose"}, base | (rng.random(200) < 0.3)),
+      ("same", {"mix.source": "none,random"}, base),
+    ):
+      workdir = tmp_path / f"{name}{seed}"
+      workdir.mkdir()
+      point = {"index": 0, "overrides": overrides | {"seed": seed}}
+      (workdir / "point.json").write_text(json.dumps(point))
+      (workdir / "config.json").write_text(json.dumps({"seed": seed}))
+      (workdir / "result.json").write_text(json.dumps({"retention": 1.0}))
+      correct = {"after_0": {"a": [0] * 200}, "after_2": {"a": right.tolist()}}
+      (workdir / "correct.json").write_text(json.dumps(correct))
+  assert remix_compare.main([str(tmp_path)]) == 0
+  out = capsys.readouterr().out
+  assert "against run" in out, "the row without overrides"
+  mixed = next(x for x in out.splitlines() if "prose" in x).split("|")
+  same = next(x for x in out.splitlines() if "random" in x).split("|")
+  assert float(mixed[3].split()[0]) > 10 and float(mixed[4]) < 0.01
+  assert same[3].strip() == "+0.0 [+0.0, +0.0]" and float(same[4]) == 1
+  assert remix_compare.main([str(tmp_path), "--to=mix.source=none,prose"]) == 0
+  assert "against source=none,prose" in capsys.readouterr().out
+  assert remix_compare.main([str(tmp_path), "--to=source=none"]) == 2
 
 
 def test_configs_are_complete():

@@ -1,0 +1,117 @@
+"""Is one REMIX run better than another? Paired tests over the same facts.
+
+    python -m experiments.remix_compare out/remix_tiny [--to='mix.source=none']
+
+Runs that differ in nothing but a seed form a row, as in experiments.report.
+Every row is compared with the reference on the facts of the first set after
+the last stage: facts of equal seeds are the same, so they are paired and
+resampled together. Prints mean difference in points, its 95 % interval and p.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from experiments.runs import Row, Run, find_runs, group, label_keys
+from jaxmem.evaluation.statistics import paired_bootstrap
+
+CORRECT_FILE = "correct.json"
+
+
+def facts(run: Run) -> np.ndarray:
+  """Which facts of the first set are right after the last stage.
+
+  Raises:
+    ValueError: the run has no such record.
+  """
+  path = run.workdir / CORRECT_FILE
+  if not path.is_file():
+    raise ValueError(f"{path} does not exist: not a run of experiments.remix")
+  stages = json.loads(path.read_text())
+  last = max(stages, key=lambda name: int(name.removeprefix("after_")))
+  return np.array(stages[last]["a"], float)
+
+
+def find_reference(rows: Sequence[Row], text: str) -> Row:
+  """The row whose labels hold all of `key=value,..`; "" is the plainest.
+
+  Raises:
+    ValueError: none or several.
+  """
+  parts = re.split(r",(?=[\w.]+=)", text) if text else []
+  wanted = [part.partition("=") for part in parts]
+  found = [
+    row
+    for row in rows
+    if all(
+      value in (v for k, v in row.labels.items() if k.endswith(key))
+      for key, _, value in wanted
+    )
+  ]
+  if not wanted:
+    least = min(len(row.runs[0].overrides) for row in rows)
+    found = [row for row in rows if len(row.runs[0].overrides) == least]
+  if len(found) != 1:
+    raise ValueError(
+      f"--to={text!r} names {len(found)} of {len(rows)} rows; give settings "
+      "that one row alone has, as KEY=VALUE,.."
+    )
+  return found[0]
+
+
+def compare(row: Row, reference: Row) -> str | None:
+  """One line of the table; None where no seed is done in both."""
+  by_seed = {run.config["seed"]: run for run in reference.done}
+  pairs = [
+    (facts(run), facts(by_seed[run.config["seed"]]))
+    for run in row.done
+    if run.config["seed"] in by_seed
+  ]
+  if not pairs:
+    return None
+  sizes = {(len(a), len(b)) for a, b in pairs}
+  if any(a != b for a, b in sizes):
+    return f"| {row.name} | other facts | | | |"
+  mine, other = (np.concatenate(side) for side in zip(*pairs, strict=True))
+  found = paired_bootstrap(mine, other)
+  gaps = ", ".join(f"{100 * (a.mean() - b.mean()):+.1f}" for a, b in pairs)
+  return (
+    f"| {row.name} | {100 * mine.mean():.1f} | {100 * found.mean:+.1f} "
+    f"[{100 * found.low:+.1f}, {100 * found.high:+.1f}] | {found.p_value:.2g} "
+    f"| {gaps} |"
+  )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Run the command line; return its exit status, 2 for bad input."""
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("roots", nargs="+", type=pathlib.Path, help="workdirs, or above them")
+  add("--to", default="", help="settings of the reference row, KEY=VALUE,..")
+  flags = parser.parse_args(argv)
+  try:
+    runs = find_runs(flags.roots)
+    rows = group(runs, label_keys(runs))
+    reference = find_reference(rows, flags.to)
+    lines = [compare(row, reference) for row in rows if row is not reference]
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  print(f"against {reference.name}\n")
+  print("| row | retention | difference, 95 % | p | by seed |")
+  print("|---|---|---|---|---|")
+  print("\n".join(line for line in lines if line))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
