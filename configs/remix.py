@@ -26,7 +26,7 @@ def _data() -> ConfigDict:
       "b": "world",  # learned afterwards; other people, same relations
       "c": "",  # third stage; empty: none
       "d": "",
-      "size": 512,  # rows of each set; our choice, by the pilot
+      "size": 512,  # rows of each set; our choice, pilot not run
       "max_tokens": 512,  # longer rows are left out; the model's positions
       "on_error": "raise",  # or "skip", at malformed rows
       "disjoint_names": False,  # people of the stages share no name part
@@ -64,7 +64,7 @@ def _train() -> ConfigDict:
     {
       "epochs": 60,  # at most; our choice (release: 20)
       "batch_size": 32,  # rows a step; release
-      "rate": 1e-3,  # our choice, by the pilot (release: 5e-5 at 8B)
+      "rate": 1e-3,  # our choice, pilot not run (release: 5e-5 at 8B)
       "schedule": "cosine",  # to 0 over all epochs; release
       "warmup_percent": 5.0,  # of the steps, rounded up; release
       "b1": 0.9,  # release
