@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxmem.models import decoder, huggingface
+from jaxmem.models import decoder, generate, huggingface
 
 assert_close = functools.partial(np.testing.assert_allclose, atol=2e-4, rtol=0)
 
@@ -42,28 +42,19 @@ def _forward(config, params, buffers):
 
 
 def _buffers(golden, side=""):
-  """Ids, positions and mask, with room behind for the generated tokens.
-
-  One size for every test of a family, so that it is compiled once.
-  """
+  """Ids, positions and mask; one size for a family, so compiled once."""
   ids = golden[f"{side}input_ids"]
   valid = golden[f"{side}attention_mask"] != 0
   if side:
     positions = golden[f"{side}position_ids"]
   else:
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
-  steps = golden["greedy_tokens"].shape[1]
-  after = positions[:, -1:] + 1 + np.arange(steps)
-  positions = np.concatenate([positions, after], axis=1)
-  ids, valid = (np.pad(x, ((0, 0), (0, steps))) for x in (ids, valid))
   return ids.astype(np.int32), positions.astype(np.int32), valid
 
 
 def test_logits_hidden_states_and_loss(case):
   config, params, golden = case
-  length = golden["input_ids"].shape[1]
-  found = _forward(config, params, _buffers(golden))
-  scores, hidden, inputs, outputs = (x[..., :length, :] for x in found)
+  scores, hidden, inputs, outputs = _forward(config, params, _buffers(golden))
   valid = golden["attention_mask"] != 0
   shown = valid[..., None]
   assert_close(scores * shown, golden["logits"])
@@ -83,21 +74,19 @@ def test_logits_hidden_states_and_loss(case):
 
 def test_left_padding(case):
   config, params, golden = case
-  length = golden["left_input_ids"].shape[1]
-  found = _forward(config, params, _buffers(golden, "left_"))
-  scores, hidden = (x[:, :length] for x in found[:2])
+  scores, hidden, *_ = _forward(config, params, _buffers(golden, "left_"))
   shown = golden["left_attention_mask"][..., None] != 0
   assert_close(scores * shown, golden["left_logits"])
   assert_close(hidden * shown, golden["left_last_hidden"])
 
 
-def test_greedy_tokens_without_a_cache(case):
+def test_greedy_tokens(case):
   config, params, golden = case
-  ids, positions, valid = _buffers(golden, "left_")
-  for step, expected in enumerate(golden["greedy_tokens"].T):
-    place = golden["left_input_ids"].shape[1] + step
-    scores, *_ = _forward(config, params, (ids, positions, valid))
-    token = scores[:, place - 1].argmax(axis=-1)
-    np.testing.assert_array_equal(token, expected)
-    ids[:, place] = token
-    valid[:, place] = True
+  found = generate.generate(
+    config,
+    params,
+    golden["left_input_ids"].astype(np.int32),
+    golden["left_attention_mask"] != 0,
+    generate.GenerateSettings(golden["greedy_tokens"].shape[1], eos_ids=()),
+  )
+  np.testing.assert_array_equal(found.tokens, golden["greedy_tokens"])
