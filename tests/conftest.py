@@ -4,10 +4,11 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: unoptimised code is ready three times
-# sooner. Flags given from outside come last and win.
+# sooner, and without the fusion emitters again nearly twice. Flags given from
+# outside come last and win.
 os.environ["XLA_FLAGS"] = (
   "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-  + os.environ.get("XLA_FLAGS", "")
+  "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
 )
 
 import jax
