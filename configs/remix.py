@@ -113,7 +113,7 @@ def _eval() -> ConfigDict:
       "batch_size": 64,  # prompts at once (release: 20)
       "batch_tokens": 2048,  # of teacher-forced scoring
       "probes": True,  # held-out wording and reversed questions (world)
-      "analysis": False,  # where the facts of stage 1 live
+      "analysis": True,  # where the facts of the first stage live
     }
   )
 
@@ -179,7 +179,8 @@ def _shrink(config) -> None:
   config.data.known_size = 100
   config.data.prose_size = 20
   config.mix.pool = 256
-  config.train.epochs = 12
+  config.train.batch_size = 16
+  config.train.epochs = 30
 
 
 def _enlarge(config) -> None:
@@ -207,6 +208,7 @@ def _enlarge(config) -> None:
   config.train.save_steps = 500
   config.method.fisher_batch = 1
   config.eval.batch_tokens = 16_384
+  config.eval.analysis = False  # needs two models at once
   config.mesh.data = 1
   config.mesh.fsdp = -1
 

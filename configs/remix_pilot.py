@@ -20,6 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config = remix.get_config(arg or "tiny")
   config.eval.generate = False
   config.eval.probes = False
+  config.eval.analysis = False
   return config
 
 

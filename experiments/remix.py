@@ -15,6 +15,10 @@ facts live `methods/where_facts_live`. Writes result.json (percent),
 correct.json (each fact, for paired tests), and after every stage predictions
 and eval_metrics.json in the release's layout. A restart goes on from the last
 checkpoint; runs with equal first stages share their weights (config.cache).
+
+Not here: the release's optional `random_prefix` augmentation, its dev loss on
+20 training rows (the training loss by source is logged instead), options of
+multiple-choice rows placed anew in every batch, and bfloat16 Adam moments.
 """
 
 import functools

@@ -11,7 +11,8 @@ import pytest
 from experiments import remix as experiment
 from experiments import remix_compare, remix_pilot, sweep
 from jaxmem import config as configs
-from jaxmem.data import stages, vocabulary
+from jaxmem.data import formats, stages, vocabulary
+from jaxmem.data.tokenize import encode_examples, encode_prompts
 from jaxmem.evaluation import familiarity
 from jaxmem.methods import bench, remix_setup, remix_stages
 from jaxmem.models import huggingface
@@ -31,6 +32,7 @@ TINY = {
   "eval.batch_size": 8,
   "eval.batch_tokens": 256,
   "eval.max_new_tokens": 4,
+  "eval.analysis": False,
   "mix.pool": 32,
   "mix.length": 3,
 }
@@ -224,6 +226,24 @@ def test_joint_training_is_one_stage(run, tmp_path):
 
 
 # ---- pieces of it that need no training ------------------------------------
+
+
+@pytest.mark.parametrize("name", ["world", "kvr", "differences", "prose"])
+def test_prompts_have_the_same_ids_in_training_and_at_evaluation(
+  model_dir, name
+):
+  tokenizer = huggingface.load_tokenizer(model_dir)
+  examples = stages.load_set(name, size=20).examples[:20]
+  prompts = encode_prompts(
+    tokenizer, [formats.eval_prompt(x, tokenizer.eos_token) for x in examples]
+  )
+  rows = encode_examples(tokenizer, examples).rows
+  for prompt, row in zip(prompts, rows, strict=True):
+    assert row.ids[: len(prompt)].tolist() == prompt
+    assert row.target.tolist() == [
+      at >= len(prompt) for at in range(len(row.ids))
+    ], "answer and end token are learned, nothing else"
+    assert row.ids[-1] == tokenizer.eos_token_id
 
 
 def key_of(model_dir, letter="a", **changes):
