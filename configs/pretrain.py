@@ -37,6 +37,7 @@ def _stage(**values) -> ConfigDict:
       "register": 0.0,  # share of the scaffold that is a register's entries
       "filler": 0.0,  # share of documents with a sentence of prose
       "hard": 1.0,  # share of pairs of people that share a name part
+      "fewer": 0.0,  # share of reading rows that keep only some documents
       "max_steps": 10_000,
       "target": 1.0,  # exact match on unseen people that ends the stage
       "end_ratio": 1.0,  # the rate falls linearly to this share of it
@@ -72,13 +73,13 @@ def _stages() -> ConfigDict:
       "read": _stage(
         copying=2, lookup=8, reading=34, known=14, tasks=4, prose=2,
         documents=4, facts=3, scaffold=0.4, scaffold_documents=0.4,
-        register=0.2, target=0.93, max_steps=1000,
+        register=0.2, fewer=0.2, target=0.93, max_steps=700,
       ),
       # Everything, mostly without the scaffold; the rate falls.
       "all": _stage(
         copying=1, lookup=6, reading=26, known=22, tasks=6, prose=3, size=192,
         questions=5, scaffold=0.2, scaffold_documents=0.3, register=0.1,
-        filler=0.25, max_steps=1500, end_ratio=0.05,
+        filler=0.25, fewer=0.3, max_steps=1000, end_ratio=0.05,
       ),
     }
   )  # fmt: skip
@@ -118,8 +119,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.order = ("copy", "bind", "bind_hard", "read", "all")
   config.stages = _stages()
   if name == "nano":
-    config.stages["read"].max_steps = 400
-    config.stages["all"].max_steps = 700
+    config.stages["read"].update({"max_steps": 400, "fewer": 0.0})
+    config.stages["all"].update({"max_steps": 700, "fewer": 0.0})
   if name == "smoke":
     for stage in config.stages.values():
       stage.update({k: min(stage[k], 2) for k in _KINDS} | {"max_steps": 2})

@@ -95,6 +95,7 @@ def exam_kinds(
     "2 documents": drawn(documents=2, facts=2),
     "12 documents of 1 fact": drawn(documents=12, facts=1),
     "no document": drawn(documents=1, facts=1, gold=False),
+    "1 document": drawn(documents=1, facts=4),
   }
 
 

@@ -43,6 +43,7 @@ class Mix(NamedTuple):
   register: float = 0.0  # share of the scaffold that is a register's entries
   filler: float = 0.0  # share of documents with a sentence of prose
   hard: float = 1.0  # share of pairs of people that share a name part
+  fewer: float = 0.0  # share of reading rows that keep only some documents
 
 
 def reading_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
@@ -60,9 +61,15 @@ def reading_row(world: World, mix: Mix, *, rng: Key[Array, ""]) -> Row:
     rng=rng_documents,
   )
   ask = jax.random.uniform(rng_ask, (mix.questions, 5))
+  kept = mix.documents
+  if mix.fewer:
+    coins = jax.random.uniform(jax.random.fold_in(rng_ask, 1), (2,))
+    fewer = 1 + w.integers(coins[0], mix.documents)
+    kept = jnp.where(coins[1] < mix.fewer, fewer, mix.documents)
+    documents = d.keep_documents(documents, kept)
   asked = [
     d.ask_fact(
-      world, documents, mix.scaffold, mix.register, (0, 1), q == 0, ask[q]
+      world, documents, mix.scaffold, mix.register, (0, 1), q == 0, ask[q], kept
     )
     for q in range(mix.questions)
   ]

@@ -135,6 +135,15 @@ def draw_documents(
   )
 
 
+def keep_documents(documents: Documents, kept: Int[Array, ""]) -> Documents:
+  """Leave out the text of all but the first `kept` documents."""
+  num, width = documents.values.shape[0], documents.units.shape[-1]
+  units = documents.units.reshape(num, -1, width)
+  shown = (jnp.arange(num) < kept)[:, None, None]
+  units = jnp.where(shown, units, w.NOTHING).reshape(-1, width)
+  return documents._replace(units=units)
+
+
 def ask_fact(
   world: World,
   documents: Documents,
@@ -143,10 +152,14 @@ def ask_fact(
   templates: tuple[int, ...],
   first: bool,
   uniform: Float[Array, "5"],
+  kept: int | Int[Array, ""],
 ):
-  """Ask for one fact of one document, as a question or a statement."""
-  num, facts = documents.values.shape[:2]
-  d, f = w.integers(uniform[0], num), w.integers(uniform[1], facts)
+  """Ask for one fact of one of the first `kept` documents.
+
+  The form is a question, or an unfinished statement.
+  """
+  facts = documents.values.shape[1]
+  d, f = w.integers(uniform[0], kept), w.integers(uniform[1], facts)
   is_scaffold = uniform[2] < scaffold
   relation, value = documents.relations[f], documents.values[d, f]
   kind = jnp.array(templates)[w.integers(uniform[3], len(templates))]

@@ -69,7 +69,7 @@ def draw_exam(
 
     drawn = draw(rng_documents)
     unit, weight, (d, f) = docs.ask_fact(
-      world, drawn, 0.0, 0.0, questions, True, ask
+      world, drawn, 0.0, 0.0, questions, True, ask, documents
     )
     firsts = drawn.values[:, f, 0]
     wrong = jnp.where(jnp.arange(documents) == d, -1, firsts)

@@ -210,7 +210,9 @@ def uniforms(
   return tuple(p.reshape(s) for p, s in zip(pieces, shapes, strict=True))
 
 
-def integers(uniform: Float[Array, "*n"], high: int) -> Int[Array, "*n"]:
+def integers(
+  uniform: Float[Array, "*n"], high: int | Int[Array, ""]
+) -> Int[Array, "*n"]:
   """Turn uniform numbers into integers 0 .. high - 1 (high below 2**16)."""
   return jnp.minimum((uniform * high).astype(jnp.int32), high - 1)
 

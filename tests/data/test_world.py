@@ -97,6 +97,26 @@ def test_positions_restart_and_padding_has_no_weight(batch):
     assert (weights >= curriculum.ANSWER_WEIGHT / 2).any()
 
 
+def test_rows_with_fewer_documents_ask_about_those_that_are_there(
+  earth, tokenizer
+):
+  mix = curriculum.Mix(documents=4, facts=2, scaffold=0.0, fewer=1.0)
+  draw = jax.jit(
+    jax.vmap(lambda rng: curriculum.reading_row(earth, mix, rng=rng))
+  )
+  sizes = set()
+  for ids in draw(jax.random.split(jax.random.key(0), 32)).ids.tolist():
+    documents, *asked = tokenizer.decode(ids).split("<|assistant|>")
+    *lines, question = documents.split("\n")[1:-1]
+    lines = [line for line in lines if line]
+    questions = [question, *(a.split("\n")[-2] for a in asked[:-1])]
+    sizes.add(len(lines))
+    for text in questions:
+      name = [x for x in text.split() if x in words.FIRST_NAMES]
+      assert any(name[0] in line for line in lines)
+  assert sizes == {1, 2, 3, 4}
+
+
 def test_join_by_hand():
   units = jnp.array([[5, -1, 6], [-1, -1, 7], [8, 9, -1]])
   weights = jnp.arange(9.0).reshape(3, 3)
