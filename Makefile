@@ -37,7 +37,7 @@ format: $(DEV_STAMP)  ## let ruff rewrite what lint would complain about
 
 # Every weight in the repository, from nothing; a second call resumes.
 shipped: $(STAMP)  ## retrain every shipped weight (CPU or accelerator)
-	for model in tiny nano; do \
+	for model in nano tiny; do \
 	  $(RUN) -m experiments.pretrain --config=configs/pretrain.py:$$model \
 	    --workdir=out/shipped/$$model --config.export=jaxmem/models/$$model \
 	    $(ARGS) || exit 1; \

@@ -6,6 +6,8 @@
 Every value is our choice: no paper trains such a model. The order of training
 follows one finding: a small model reads after it has learned to copy, and binds
 a value to a person only when documents and questions share an order at first.
+Smaller models learn to copy sooner, so `nano` goes through all stages and
+`tiny` grows out of it.
 """
 
 from ml_collections import ConfigDict
@@ -92,12 +94,13 @@ def get_config(arg: str = "") -> ConfigDict:
     raise ValueError(f"configs/pretrain.py:{arg}: expected tiny, nano or smoke")
   config = ConfigDict()
   config.seed = 0
+  config.start = "nano" if name == "tiny" else ""  # a model to grow from
   config.export = ""  # directory for the trained model; empty: WORKDIR/model
   config.profile = ()  # (start, n): trace these steps
   config.model = ConfigDict(_SHAPES["nano" if name == "smoke" else name])
   config.optim = ConfigDict(
     {
-      "rate": 3e-3 if name != "tiny" else 2e-3,
+      "rate": 3e-3 if name != "tiny" else 1.5e-3,
       "warmup_steps": 100,
       "b1": 0.9,
       "b2": 0.98,
@@ -118,6 +121,8 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   config.order = ("copy", "bind", "bind_hard", "read", "all")
   config.stages = _stages()
+  if name == "tiny":
+    config.order = ("all",)
   if name == "nano":
     config.stages["read"].update({"max_steps": 400, "fewer": 0.0})
     config.stages["all"].update({"max_steps": 700, "fewer": 0.0})

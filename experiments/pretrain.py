@@ -3,8 +3,9 @@
     python -m experiments.pretrain --config=configs/pretrain.py:tiny \\
         --workdir=out/pretrain/tiny --config.export=jaxmem/models/tiny
 
-A stage ends when questions on unseen people are answered well enough, or after
-its steps. Rows are drawn on the device, by step and row number, so a killed run
+A model starts from random weights, or grows out of a smaller one's. A stage
+ends when questions on unseen people are answered well enough, or after its
+steps. Rows are drawn on the device, by step and row number, so a killed run
 goes on from its last checkpoint as if nothing had happened. The last stage lets
 the rate fall; then the model is scored and written in Hugging Face format.
 """
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import score_world
-from jaxmem import launch
+from jaxmem import launch, models
 from jaxmem.data import curriculum, exams, vocabulary, world
-from jaxmem.models import decoder, huggingface
+from jaxmem.models import decoder, growth, huggingface
 from jaxmem.models.config import ModelConfig, from_hf
 from jaxmem.training import checkpoint, loop, loss, optimizer, parallel, step
 from jaxmem.training.logging import Logger
@@ -233,6 +234,9 @@ def run(config, workdir, stop) -> dict | None:
   model = model_config(config.model)
   mesh = parallel.make_mesh()
   params = decoder.init(model, jax.random.key(config.seed))
+  if config.start:
+    small = huggingface.load(models.find(config.start), dtype=jnp.float32)
+    params = growth.grow(*small, model, params)
   first = config.stages[config.order[0]]
   state = step.init_state(params, _transformation(config.optim, first, 0))
   found = checkpoint.restore(workdir / "checkpoints", state)
