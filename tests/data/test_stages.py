@@ -136,7 +136,7 @@ def test_as_many_rows_are_mixed_in_as_the_ratio_says(
   assert data.stage.counts == {
     "main": 20, "mixed": int(20 * ratio), "replayed": 0,
   }  # fmt: skip
-  assert len(data.main) == 20 and len(data.table(MIXED)) == int(20 * ratio)
+  assert len(data.main) == 20 and len(data.taken(MIXED, 1)) == int(20 * ratio)
   assert data.sources == (MAIN, MIXED)
   if available == 50 and ratio == 1:  # the release's order of things
     compat = make(
@@ -153,7 +153,7 @@ def test_same_seed_same_mixed_rows_other_seed_others(tokenizer):
       tokenizer, rows_of(8), mix=rows_of(60, "mix"),
       mixing_options={"ratio": 1, "mix_seed": seed},
     )  # fmt: skip
-    return [row.example.id for row in data.table(MIXED)]
+    return [row.example.id for row in data.taken(MIXED, 1)]
 
   assert mixed(0) == mixed(0) != mixed(1)
 
@@ -167,7 +167,7 @@ def test_replayed_rows_are_those_of_the_epochs_made(tokenizer):
     )  # fmt: skip
     assert data.stage.counts["replayed"] == 4
     assert data.order.steps_per_epoch == 2
-    first, more = data.replayed(2), data.replayed(11)
+    first, more = data.taken(REPLAYED, 2), data.taken(REPLAYED, 11)
     assert len(first) == 4
     assert (len(more) > 4) == redraw
     ids = {id(row) for row in earlier}

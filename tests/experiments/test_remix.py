@@ -14,7 +14,7 @@ from jaxmem import config as configs
 from jaxmem.data import formats, stages, vocabulary
 from jaxmem.data.tokenize import encode_examples, encode_prompts
 from jaxmem.evaluation import familiarity
-from jaxmem.methods import bench, remix_setup, remix_stages
+from jaxmem.methods import bench, remix_report, remix_setup, remix_stages
 from jaxmem.models import huggingface
 from jaxmem.models.config import ModelConfig
 from jaxmem.training.logging import read_metrics
@@ -204,7 +204,7 @@ def test_facts_that_the_base_knows_are_left_out(model_dir, tmp_path):
   assert used == expected
   assert [f.target for f in sets.familiar] == [f.target for f in pool[:16:3]]
   assert sets.labels == {"a": "world", "b": "worldB"}
-  files = list((tmp_path / "kept").glob("familiarity-*.jsonl"))
+  files = list((tmp_path / "kept").iterdir())
   verdicts = [familiarity.read(path) for path in files]
   assert len(files) == 2 and {len(v) for v in verdicts} == {16}
   Bench.answer = None  # the file is read, nothing is asked again
@@ -247,11 +247,10 @@ def test_prompts_have_the_same_ids_in_training_and_at_evaluation(
 
 
 def key_of(model_dir, letter="a", **changes):
+  rows = changes.pop("rows", "digest")
   config = make_config(model_dir, **changes)
-  sets = remix_setup.Sets({"a": [], "b": []}, {}, {}, [])
-  plan = remix_stages.plan(config, sets)
-  step = plan["ab".index(letter)]
-  return remix_stages.stage_key(config, "base", step, sets)
+  step = remix_stages.plan(config)["ab".index(letter)]
+  return remix_stages.stage_key(config, "base", step, rows)
 
 
 def test_what_decides_a_stage_decides_its_key(model_dir):
@@ -269,24 +268,67 @@ def test_what_decides_a_stage_decides_its_key(model_dir):
   other = [
     {"seed": 1},
     {"mix.source": "random,none"},
-    {"mix.source": "random,none", "data.b": "differences"},
+    {"rows": "of another file"},
     {"mix.source": "random,none", "mix.length": 4},
     {"data.a": "kvr"},
     {"data.disjoint_names": True},
     {"train.rate": 1e-4},
-    {"method.name": "l2", "method.reg_stages": (1,)},
+    {"method.name": "l2", "method.reg_stages": (1,), "method.strength": 1.0},
     {"compat.fixed_order": True},
   ]
   keys = [key(**changes) for changes in other]
   assert len({*keys, key()}) == len(other) + 1
   assert key("b", **{"replay.share": 0.1}) != key("b")
+  ewc = {
+    "method.name": "ewc",
+    "method.reg_stages": (1,),
+    "method.strength": 1.0,
+  }
+  assert key(**ewc) != key(**ewc, **{"data.known_size": 7}), "F is of these"
+
+
+def test_wrong_settings_are_found_before_anything_is_done(
+  model_dir, run, tmp_path, monkeypatch
+):
+  for changes, message in (
+    ({"data.b": "", "data.c": "world"}, "no stage may be left out"),
+    ({"method.name": "ewcc"}, "method is 'ewcc'; allowed"),
+    ({"method.name": "ewc"}, "strength 0.0, which is naive training"),
+    (
+      {
+        "method.name": "ewc", "method.reg_stages": (1,), "data.known": "",
+        "method.strength": 1.0,
+      },
+      "data.known is empty",
+    ),
+    (
+      {
+        "method.name": "kl", "method.strength": 1.0, "mix.source": "prose,none",
+        "method.kl_inputs": "mixed",
+      },
+      "on mixed rows, but mix.source is none there",
+    ),
+    ({"method.fisher_labels": "drawn"}, "method.fisher_labels is 'drawn'"),
+    ({"train.stop": "never"}, "train.stop is 'never'; allowed: em"),
+    ({"train.param_dtype": "float16"}, "train.param_dtype is 'float16'"),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      remix_stages.plan(make_config(model_dir, **changes))
+  monkeypatch.setattr(remix_report, "report", None)  # nothing is even scored
+  for changes, message in (
+    ({"mix.source": "none,rndom"}, "mix source 'rndom' is unknown"),
+    ({"mix.source": "none,prose", "mix.ratio": "9"}, "ratio asks for 72 rows"),
+    ({"match.run": "../none"}, "match.run: .* does not exist"),
+    ({"train.layout": "loose"}, "layout is 'loose'"),
+    ({"replay.share": 0.01}, "replay_ratio is 0.01 of 8 rows"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(tmp_path / "run", **changes)
 
 
 def test_a_run_as_long_as_another(model_dir, tmp_path):
   config = make_config(model_dir, **{"match.run": "../other"})
-  sets = remix_setup.Sets({"a": [], "b": []}, {}, {}, [])
-  first, second = remix_stages.plan(config, sets)
-
+  first, second = remix_stages.plan(config)
   data = stages.make_stage_data(
     small.tokenizer(), small.facts(16), size=16, batch_size=4, epochs=1
   )
@@ -371,9 +413,7 @@ def test_every_point_of_the_sweeps_can_be_run(name, tmp_path):
   places = [point.workdir.name for point in points]
   for at, point in enumerate(points):
     config = configs.apply(configs.load(f"configs/{name}.py"), point.overrides)
-    letters = [x for x in "abcd" if config.data[x]]
-    sets = remix_setup.Sets(dict.fromkeys(letters, []), {}, {}, [])
-    assert remix_stages.plan(config, sets)
+    assert remix_stages.plan(config)
     if config.match.run:  # a run that comes before it
       other = config.match.run.replace("{seed}", str(config.seed))
       assert other.removeprefix("../") in places[:at]
