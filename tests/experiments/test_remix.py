@@ -3,7 +3,12 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ from jaxmem.evaluation import familiarity
 from jaxmem.methods import bench, remix_report, remix_setup, remix_stages
 from jaxmem.models import huggingface
 from jaxmem.models.config import ModelConfig
+from jaxmem.training import checkpoint
 from jaxmem.training.logging import read_metrics
 from tests.methods import small
 
@@ -152,6 +158,50 @@ def test_two_stages_restarted_at_any_place_end_as_one_run(run, tmp_path):
   )
   assert set(metrics) == {"world", "worldB", "known"}
   assert set(metrics["world"]) == {"Accuracy", "ROUGE_L"}
+
+
+def test_kill_9_and_restart_end_as_an_unbroken_run(run, model_dir, tmp_path):
+  settings = {"eval.generate": False, "eval.probes": False}
+  for name in ("a", "b"):  # each with a cache of its own beside the run
+    (tmp_path / name).mkdir()
+  whole = run(tmp_path / "a" / "run", **settings)
+  lives = random.randrange(4, whole["steps"])
+  values = TINY | settings | {"model": model_dir}
+  killed = subprocess.run(
+    [
+      sys.executable, "-m", "tests.experiments.mortal_remix",
+      f"--config={CONFIG}", f"--workdir={tmp_path / 'b' / 'run'}",
+      *(f"--config.{name}={value}" for name, value in values.items()),
+    ],
+    env=os.environ | {
+      "BATCHES_TO_LIVE": str(lives), "JAX_ENABLE_COMPILATION_CACHE": "false",
+    },
+    text=True,
+    stderr=subprocess.PIPE,
+  )  # fmt: skip
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert not (tmp_path / "b" / "run" / "result.json").exists()
+  left = [
+    step
+    for stage in (tmp_path / "b" / "run" / "stages").iterdir()
+    for step in checkpoint.steps(stage)
+  ]
+  assert left, "there is something to go on from"
+  again = run(tmp_path / "b" / "run", **settings)
+  for result in (whole, again):
+    for stage in result["stages"].values():
+      stage.pop("from_cache", None)
+      stage.pop("seconds")
+  assert timeless(again) == timeless(whole), f"killed before batch {lives}"
+  sums = [
+    [
+      json.loads(file.read_text())["items"]
+      for file in sorted((tmp_path / x).rglob("integrity.json"))
+      if "remix_stages" in str(file) or "stages/b" in str(file)
+    ]
+    for x in ("a", "b")
+  ]
+  assert sums[0] == sums[1] and len(sums[0]) == 2, "bit for bit, both stages"
 
 
 def test_three_stages_with_everything_switched_on(run, tmp_path):
