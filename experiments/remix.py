@@ -16,6 +16,10 @@ correct.json (each fact, for paired tests), and after every stage predictions
 and eval_metrics.json in the release's layout. A restart goes on from the last
 checkpoint; runs with equal first stages share their weights (config.cache).
 
+Perplexity is of bare text, no chat turn or end token in it. Mixed rows end
+after `mix.length` words, so a model that learned them expects an end token
+inside prose: perplexity then rises although the words are predicted well.
+
 Not here: the release's optional `random_prefix` augmentation, its dev loss on
 20 training rows (the training loss by source is logged instead), options of
 multiple-choice rows placed anew in every batch, and bfloat16 Adam moments.
@@ -79,11 +83,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     return
   weights, key = base.weights, base.name
   # Training consumes the base's weights: nobody else may hold them.
-  exp = Experiment(config, workdir, stop, base._replace(weights=None), sets)
+  base = base._replace(weights=None)
+  exp = Experiment(config, workdir, stop, base, sets)
   data = prepare(exp, plan)  # of all stages, before anything is trained
   done: list[Stage] = []
   ask = functools.partial(
-    remix_report.report, config, exp.base, sets, workdir=workdir, stop=stop
+    remix_report.report, config, base, sets, workdir=workdir, stop=stop
   )
   reports = [ask(weights, 0)]
   if reports[0] is None:
@@ -268,6 +273,7 @@ def write_results(exp, plan, done, reports, analysis) -> None:
     f"after_{k}": {x: found.correct(x).astype(int).tolist() for x in letters}
     for k, found in enumerate(reports)
   }
+  correct["replayed"] = replayed.astype(int).tolist()
   if jax.process_index() == 0:
     (exp.workdir / CORRECT_FILE).write_text(json.dumps(correct))
     text = json.dumps(result, indent=2) + "\n"

@@ -34,7 +34,8 @@ FACTS = ("world", "world-known", "differences")  # short answers, to be asked
 RANDOM = "random"
 NO_MIX = "none"
 # People with disjoint name parts are rare in a part: so many facts are drawn
-# for each that is wanted, times the square of the number of name groups.
+# for each that is wanted, times the square of the number of name groups, or
+# all that the part has.
 _SPARE = 3
 
 
@@ -130,7 +131,9 @@ def _is_set(name) -> bool:
 
 def _world(name, size, place, seed, groups) -> Sequence[Example]:
   if name == "world" and groups:
-    pool = world_sets.facts(size * _SPARE * groups**2, part=place, seed=seed)
+    most = world_sets.PART_SIZE * world_sets.FACTS_PER_PERSON
+    count = min(size * _SPARE * groups**2, most)
+    pool = world_sets.facts(count, part=place, seed=seed)
     chosen = [fact for fact in pool if _in_group(fact, place, groups)]
     return chosen[:size]
   if name == "world":

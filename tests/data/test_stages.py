@@ -45,6 +45,8 @@ def test_people_of_disjoint_names():
   assert not parts[0] & parts[1]
   with pytest.raises(ValueError, match="for the sets 'world' only, not 'kvr'"):
     stages.load_set("kvr", size=4, name_groups=2)
+  many = stages.load_set("world", size=1024, place=1, name_groups=2)
+  assert len(many.examples) == 1024, "all people of a part are looked at"
 
 
 def test_sets_by_name_by_source_and_by_path(tmp_path):

@@ -426,6 +426,8 @@ def test_rows_are_compared_fact_by_fact(tmp_path, capsys):
       ("naive", {}, base),
       ("mixed", {"mix.source": "none,prose"}, base | (rng.random(200) < 0.3)),
       ("same", {"mix.source": "none,random"}, base),
+      ("again", {"replay.share": 0.5}, base | (np.arange(200) < 100)),
+      ("all", {"replay.share": 1.0}, np.ones(200, int)),
     ):
       workdir = tmp_path / f"{name}{seed}"
       workdir.mkdir()
@@ -434,6 +436,8 @@ def test_rows_are_compared_fact_by_fact(tmp_path, capsys):
       (workdir / "config.json").write_text(json.dumps({"seed": seed}))
       (workdir / "result.json").write_text(json.dumps({"retention": 1.0}))
       correct = {"after_0": {"a": [0] * 200}, "after_2": {"a": right.tolist()}}
+      share = overrides.get("replay.share", 0)
+      correct["replayed"] = (np.arange(200) < 200 * share).astype(int).tolist()
       (workdir / "correct.json").write_text(json.dumps(correct))
   assert remix_compare.main([str(tmp_path)]) == 0
   out = capsys.readouterr().out
@@ -442,6 +446,9 @@ def test_rows_are_compared_fact_by_fact(tmp_path, capsys):
   same = next(x for x in out.splitlines() if "random" in x).split("|")
   assert float(mixed[3].split()[0]) > 10 and float(mixed[4]) < 0.01
   assert same[3].strip() == "+0.0 [+0.0, +0.0]" and float(same[4]) == 1
+  again = next(x for x in out.splitlines() if "share=0.5" in x).split("|")
+  assert again[3].strip() == "+0.0 [+0.0, +0.0]", "replayed facts do not count"
+  assert "share=1.0 | all facts replayed" in out
   assert remix_compare.main([str(tmp_path), "--to=mix.source=none,prose"]) == 0
   assert "against source=none,prose" in capsys.readouterr().out
   assert remix_compare.main([str(tmp_path), "--to=source=none"]) == 2

@@ -134,6 +134,40 @@ def test_kl_is_the_mean_over_the_labels_of_the_chosen_rows(inputs):
   np.testing.assert_allclose(added / count, expected, rtol=1e-4)
 
 
+class Lookup(remix.Model):
+  """A model of one matrix, quick to compile."""
+
+  def hidden(self, base, batch, adapters=None):
+    return base[batch.ids]
+
+  def logits(self, base):
+    return lambda hidden: hidden @ base.T
+
+
+def test_kl_of_devices_on_their_own_adds_up_to_that_of_one():
+  """As in a per-device program: their labels are not equally many."""
+  rng = np.random.default_rng(2)
+  size = (2, small.CONFIG.vocab_size, 4)
+  anchor, params = jnp.asarray(rng.normal(size=size), jnp.float32)
+  penalty = baselines.make_kl(Lookup(small.CONFIG))
+  frozen = {"anchor": anchor, "strength": jnp.float32(2)}
+  batch = small.padded(
+    small.encoded(5), [MAIN, MIXED, MAIN, MAIN, MAIN], rows_multiple=2
+  )
+  batch = jax.tree.map(jnp.asarray, batch)
+
+  def added(batch, axis=None):
+    count = (batch.label_slot >= 0).sum().astype(jnp.float32)
+    hidden = params[batch.ids]
+    gather = Gather(axis)
+    return penalty(params, frozen, batch, hidden, count=count, gather=gather)
+
+  halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+  parts = jax.vmap(lambda x: added(x, "devices"), axis_name="devices")(halves)
+  np.testing.assert_allclose(parts.sum(), added(batch), rtol=1e-5)
+  assert abs(float(parts[0] / parts[1]) - 1) > 1e-2
+
+
 def test_kl_in_pieces_is_kl_at_once():
   rng = np.random.default_rng(0)
   old, new, head = (
