@@ -97,7 +97,9 @@ def _method() -> ConfigDict:
       "strength": 0.0,  # lambda of ewc and l2, beta of kl; unknown: a grid
       "fisher_labels": "sampled",  # or "gold", whose F vanishes when learned
       "fisher_batch": 16,  # examples whose gradients exist at once, per shard
-      "kl_inputs": "main",  # or "mixed": generic rows, used for KL alone
+      # Or "mixed", rows of mix.source; train.source_weights=(1,0,1) then uses
+      # them for KL alone.
+      "kl_inputs": "main",
       "lora_rank": 16,  # our choice
       "lora_alpha": 32.0,  # our choice
       "lora_targets": (),  # names of projections; () is all linear maps

@@ -16,6 +16,10 @@ correct.json (each fact, for paired tests), and after every stage predictions
 and eval_metrics.json in the release's layout. A restart goes on from the last
 checkpoint; runs with equal first stages share their weights (config.cache).
 
+Perplexity is of bare text, no chat turn or end token in it. Mixed rows end
+after `mix.length` words, so a model that learned them expects an end token
+inside prose: perplexity then rises although the words are predicted well.
+
 Not here: the release's optional `random_prefix` augmentation, its dev loss on
 20 training rows (the training loss by source is logged instead), options of
 multiple-choice rows placed anew in every batch, and bfloat16 Adam moments.
@@ -24,7 +28,9 @@ multiple-choice rows placed anew in every batch, and bfloat16 Adam moments.
 import functools
 import json
 import logging
+import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +39,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jaxmem import launch, models
-from jaxmem.data import mixing, packing, stages
+from jaxmem.data import mixing, stages
 from jaxmem.evaluation import factoids, retention
 from jaxmem.methods import (
   baselines,
@@ -70,27 +76,27 @@ class Stage(NamedTuple):
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Run the whole chain and write its results."""
+  plan = remix_stages.plan(config)
   base = remix_setup.load_base(config)
   sets = remix_setup.load_sets(config, base, workdir, stop)
   if sets is None:
     return
-  plan = remix_stages.plan(config, sets)
-  weights, key, shape = base.weights, base.name, None
+  weights, key = base.weights, base.name
   # Training consumes the base's weights: nobody else may hold them.
-  exp = Experiment(config, workdir, stop, base._replace(weights=None), sets)
+  base = base._replace(weights=None)
+  exp = Experiment(config, workdir, stop, base, sets)
+  data = prepare(exp, plan)  # of all stages, before anything is trained
   done: list[Stage] = []
   ask = functools.partial(
-    remix_report.report, config, exp.base, sets, workdir=workdir, stop=stop
+    remix_report.report, config, base, sets, workdir=workdir, stop=stop
   )
   reports = [ask(weights, 0)]
   if reports[0] is None:
     return
-  for k, step in enumerate(plan):
-    data, pace = prepare(exp, step, shape)
-    shape = shape or data.shape
-    key = remix_stages.stage_key(config, key, step, sets, pace)
+  for k, (step, (rows, pace)) in enumerate(zip(plan, data, strict=True)):
+    key = remix_stages.stage_key(config, key, step, rows.digest(), pace)
     last = k + 1 == len(plan)
-    stage = run_stage(exp, step, data, pace, weights, key, last=last)
+    stage = run_stage(exp, step, rows, pace, weights, key, last=last)
     if stage is None:
       return
     weights = stage.weights
@@ -109,18 +115,21 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
 
 
 def prepare(
-  exp: Experiment, step: chain.StagePlan, shape: packing.PackShape | None
-) -> tuple[stages.StageData, chain.Pace | None]:
-  """Make a stage's data, for as many epochs as it may take."""
-  make = functools.partial(
-    remix_stages.stage_data, exp.config, exp.base, step, exp.sets, shape
-  )
-  epochs = exp.config.train.epochs
-  data = make(epochs)
-  pace = remix_stages.matched_pace(exp.config, exp.workdir, step, data)
-  if pace and pace.most_steps > epochs * data.order.steps_per_epoch:
-    data = make(-(-pace.most_steps // data.order.steps_per_epoch))
-  return data, pace
+  exp: Experiment, plan: Sequence[chain.StagePlan]
+) -> list[tuple[stages.StageData, chain.Pace | None]]:
+  """Make the stages' data, for as many epochs as each may take."""
+  out, epochs = [], exp.config.train.epochs
+  for step in plan:
+    make = functools.partial(
+      remix_stages.stage_data, exp.config, exp.base, step, exp.sets,
+      out[0][0].shape if out else None,
+    )  # fmt: skip
+    data = make(epochs)
+    pace = remix_stages.matched_pace(exp.config, exp.workdir, step, data)
+    if pace and pace.most_steps > epochs * data.order.steps_per_epoch:
+      data = make(-(-pace.most_steps // data.order.steps_per_epoch))
+    out.append((data, pace))
+  return out
 
 
 def run_stage(
@@ -141,10 +150,13 @@ def run_stage(
     number = letters.index(step.letter)
     rng = jax.random.fold_in(jax.random.key(config.seed), number)
     rng_method, rng_steps = jax.random.split(rng)
+    method = make_method(exp, step, weights, rng_method)
+    if method is None:
+      return None
     trained = chain.train_stage(
       exp.base.bench,
       step.letter,
-      make_method(exp, step, weights, rng_method),
+      method,
       data,
       program=f"{step.method} {config.method.kl_inputs}",
       pace=pace,
@@ -158,8 +170,8 @@ def run_stage(
     if cache:
       chain.save_weights(cache, key, trained.weights, trained.record)
   facts = [row.example for row in exp.sets.rows["a"]]
-  mixed = [row.example for row in data.table(mixing.MIXED)]
-  overlap = mixing.overlap(facts, mixed)
+  mixed = data.taken(mixing.MIXED, trained.record["steps"])
+  overlap = mixing.overlap(facts, [row.example for row in mixed])
   record = trained.record | {"overlap": overlap._asdict()}
   _log.info("stage %s: %s", step.letter, record)
   return Stage(trained.weights, record, data)
@@ -167,8 +179,11 @@ def run_stage(
 
 def make_method(
   exp: Experiment, step: chain.StagePlan, weights: Any, rng: jax.Array
-) -> baselines.Method:
-  """Set up a stage's baseline, anchored at the weights it starts with."""
+) -> baselines.Method | None:
+  """Set up a stage's baseline, anchored at the weights it starts with.
+
+  None where the run was asked to stop.
+  """
   settings, bench, sets = exp.config.method, exp.base.bench, exp.sets
   rng_draw, rng_fisher = jax.random.split(rng)
   importance = None
@@ -181,7 +196,10 @@ def make_method(
       labels=settings.fisher_labels,
       rng=rng_fisher,
       batch_size=settings.fisher_batch,
+      stop=exp.stop,
     )
+    if importance is None:
+      return None
   if exp.config.eval.analysis and step.letter != "a":
     weights = jax.tree.map(jnp.copy, weights)  # training consumes them
   return baselines.make_method(
@@ -208,7 +226,8 @@ def analyse(exp: Experiment, done: list[Stage]) -> dict[str, float] | None:
   )
   first, last = done[0], done[-1]
   later = last is not first
-  mixed = last.data.table(mixing.MIXED) if later else []
+  # As many mixed rows as the stage had for those of its own set.
+  mixed = last.data.taken(mixing.MIXED, 1) if later else []
   found = where_facts_live.analyse(
     bench.model,
     first.weights,
@@ -216,19 +235,25 @@ def analyse(exp: Experiment, done: list[Stage]) -> dict[str, float] | None:
     pack(exp.sets.rows["a"]),
     other=pack(last.data.main) if later else (),
     mixed=pack(mixed) if mixed else (),
+    settings=where_facts_live.Settings(step_size=exp.config.train.rate),
     passes=where_facts_live.compile_passes(bench.model, bench.mesh),
     workdir=exp.workdir / "analysis",
     stop=exp.stop,
   )
   if found is None:
     return None
-  return {k: v for k, v in found.items() if isinstance(v, float)}
+  numbers = {k: v for k, v in found.items() if isinstance(v, float)}
+  return {k: v for k, v in numbers.items() if math.isfinite(v)}
 
 
 def write_results(exp, plan, done, reports, analysis) -> None:
   """Write result.json, last of all files, and what goes with it."""
   letters = sorted(exp.sets.rows)
-  taken = {id(row) for s in done for row in s.data.replayed(s.record["steps"])}
+  taken = {
+    id(row)
+    for stage in done
+    for row in stage.data.taken(mixing.REPLAYED, stage.record["steps"])
+  }
   replayed = np.array([id(row) in taken for row in exp.sets.rows["a"]])
   result: dict[str, Any] = retention.headline(
     reports, letters, replayed=replayed if replayed.any() else None
@@ -248,6 +273,7 @@ def write_results(exp, plan, done, reports, analysis) -> None:
     f"after_{k}": {x: found.correct(x).astype(int).tolist() for x in letters}
     for k, found in enumerate(reports)
   }
+  correct["replayed"] = replayed.astype(int).tolist()
   if jax.process_index() == 0:
     (exp.workdir / CORRECT_FILE).write_text(json.dumps(correct))
     text = json.dumps(result, indent=2) + "\n"

@@ -5,7 +5,8 @@
 Runs that differ in nothing but a seed form a row, as in experiments.report.
 Every row is compared with the reference on the facts of the first set after
 the last stage: facts of equal seeds are the same, so they are paired and
-resampled together. Prints mean difference in points, its 95 % interval and p.
+resampled together; those that either run replayed are left out. Prints the mean
+difference in points, its 95 % interval and p.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from jaxmem.evaluation.statistics import paired_bootstrap
 CORRECT_FILE = "correct.json"
 
 
-def facts(run: Run) -> np.ndarray:
-  """Which facts of the first set are right after the last stage.
+def facts(run: Run) -> tuple[np.ndarray, np.ndarray]:
+  """Which facts of the first set are right in the end, and which replayed.
 
   Raises:
     ValueError: the run has no such record.
@@ -33,8 +34,9 @@ def facts(run: Run) -> np.ndarray:
   if not path.is_file():
     raise ValueError(f"{path} does not exist: not a run of experiments.remix")
   stages = json.loads(path.read_text())
+  replayed = np.array(stages.pop("replayed"), bool)
   last = max(stages, key=lambda name: int(name.removeprefix("after_")))
-  return np.array(stages[last]["a"], float)
+  return np.array(stages[last]["a"], float), replayed
 
 
 def find_reference(rows: Sequence[Row], text: str) -> Row:
@@ -74,9 +76,13 @@ def compare(row: Row, reference: Row) -> str | None:
   ]
   if not pairs:
     return None
-  sizes = {(len(a), len(b)) for a, b in pairs}
-  if any(a != b for a, b in sizes):
+  if any(len(a) != len(b) for (a, _), (b, _) in pairs):
     return f"| {row.name} | other facts | | | |"
+  pairs = [
+    (a[~(seen | again)], b[~(seen | again)]) for (a, seen), (b, again) in pairs
+  ]
+  if not all(len(a) for a, _ in pairs):
+    return f"| {row.name} | all facts replayed | | | |"
   mine, other = (np.concatenate(side) for side in zip(*pairs, strict=True))
   found = paired_bootstrap(mine, other)
   gaps = ", ".join(f"{100 * (a.mean() - b.mean()):+.1f}" for a, b in pairs)

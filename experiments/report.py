@@ -6,7 +6,8 @@
 Every directory below the given ones that holds point.json, config.json or
 result.json is a run. Runs that differ in nothing but a seed form one row: mean
 ± standard deviation over seeds of the numbers in result.json. Curves come from
-metrics.jsonl. Writes report.md and PNG files to --output.
+metrics.jsonl, the logit lens from runs with an analysis of where facts live.
+Writes report.md and PNG files to --output.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import sys
 from collections.abc import Iterable, Sequence
 
 from experiments.runs import NONE, Row, Run, find_runs, group, label_keys
-from jaxmem.evaluation import plots, statistics
+from jaxmem.evaluation import plots, plots_where, statistics, where
 
 MAX_COLUMNS = 12  # by default; more do not fit a page
 MAX_CURVES = 6
+ANALYSIS = "analysis"  # folder of `where.save` in a run's
 
 
 def choose(names: Iterable[str], patterns: str, limit: int) -> list[str]:
@@ -143,7 +145,22 @@ def draw(
     if points:
       paths.append(output / f"{y}_against_{x}.png".replace("/", "_"))
       plots.scatter(paths[-1], points, x_label=x, y_label=y)
+  for depth, analyses in sorted(_analyses(finished).items()):
+    paths.append(output / f"lens_{depth}_layers.png")
+    plots_where.overlay(paths[-1], analyses)
   return paths
+
+
+def _analyses(rows):
+  """Analyses of where facts live: number of layers -> row -> its runs'."""
+  found = {}
+  for row in rows:
+    for run in row.done:
+      if (run.workdir / ANALYSIS / where.NUMBERS_FILE).is_file():
+        results = where.load(run.workdir / ANALYSIS)
+        by_row = found.setdefault(int(results["layers"]), {})
+        by_row.setdefault(row.name, []).append(results)
+  return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ question file, which `local.local_row` reads.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 import random
 from collections.abc import Callable, Sequence
@@ -33,7 +34,8 @@ FACTS = ("world", "world-known", "differences")  # short answers, to be asked
 RANDOM = "random"
 NO_MIX = "none"
 # People with disjoint name parts are rare in a part: so many facts are drawn
-# for each that is wanted, times the square of the number of name groups.
+# for each that is wanted, times the square of the number of name groups, or
+# all that the part has.
 _SPARE = 3
 
 
@@ -129,7 +131,9 @@ def _is_set(name) -> bool:
 
 def _world(name, size, place, seed, groups) -> Sequence[Example]:
   if name == "world" and groups:
-    pool = world_sets.facts(size * _SPARE * groups**2, part=place, seed=seed)
+    most = world_sets.PART_SIZE * world_sets.FACTS_PER_PERSON
+    count = min(size * _SPARE * groups**2, most)
+    pool = world_sets.facts(count, part=place, seed=seed)
     chosen = [fact for fact in pool if _in_group(fact, place, groups)]
     return chosen[:size]
   if name == "world":
@@ -265,20 +269,23 @@ class StageData:
       total += int(lengths[batches[batches >= 0]].sum())
     return total
 
-  def table(self, source: int) -> list[Encoded]:
-    """Rows of the table that are of one source."""
-    pairs = zip(self.rows, self.stage.sources, strict=True)
-    return [row for row, where in pairs if where == source]
-
-  def replayed(self, steps: int) -> list[Encoded]:
-    """Rows replayed in the epochs of so many steps; each once."""
+  def taken(self, source: int, steps: int) -> list[Encoded]:
+    """Rows of one source in the epochs of so many steps; each once."""
     epochs = -(-steps // self.order.steps_per_epoch)
     taken: set[int] = set()
     for draw in self.stage.draws:
-      if self.stage.sources[draw.start] == mixing.REPLAYED:
+      if draw.count and self.stage.sources[draw.start] == source:
         for epoch in range(epochs):
           taken.update(drawn(draw, epoch).tolist())
     return [self.rows[i] for i in sorted(taken)]
+
+  def digest(self) -> str:
+    """Name of all rows, what of them is learned, and their sources."""
+    found = hashlib.blake2b(self.stage.sources.tobytes(), digest_size=8)
+    for row in self.rows:
+      found.update(np.int64(len(row.ids)).tobytes())
+      found.update(row.ids.tobytes() + row.target.tobytes())
+    return found.hexdigest()
 
 
 def make_stage_data(

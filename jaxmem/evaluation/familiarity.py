@@ -9,6 +9,7 @@ the answer equals any accepted one after SQuAD's normalisation.
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -117,7 +118,8 @@ def write(
   extra = [
     settings | {"prediction": v.prediction, "known": v.known} for v in verdicts
   ]
-  partial = path.with_suffix(".partial")
+  # Runs of a sweep may come here together.
+  partial = path.with_suffix(f".{os.getpid()}.partial")
   write_examples(partial, [v.example for v in verdicts], extra)
   partial.replace(path)
 

@@ -53,33 +53,26 @@ def draw(results: Results, folder: str | os.PathLike) -> list[pathlib.Path]:
 def overlay(
   path: str | os.PathLike,
   runs: Mapping[str, Sequence[Results]],
-  *,
-  stages: Sequence[str] = ("a", "b"),
 ) -> None:
-  """Draw the lens and onset curves of several runs in one figure.
+  """Draw the lens and onset curves of several runs, after A and after B.
 
   Args:
     path: the PNG file.
     runs: label -> results of that run's seeds (`where.load`), shown as mean
       and standard deviation.
-    stages: "a" after learning the facts, "b" after the later stage.
 
   Raises:
-    ValueError: an unknown stage, no runs, or numbers of layers that differ.
+    ValueError: no runs, or numbers of layers that differ.
   """
   if not runs or not all(runs.values()):
     raise ValueError("overlay: give at least one analysis per label")
-  unknown = [stage for stage in stages if stage not in _STAGES]
-  if unknown:
-    raise ValueError(f"stages {unknown} are unknown; known: {list(_STAGES)}")
   depths = sorted({int(r["layers"]) for seeds in runs.values() for r in seeds})
   if len(depths) > 1:
     raise ValueError(
       f"overlay: runs have {depths} layers; give runs of equal depth"
     )
-  names = {stage: _STAGES[stage] for stage in stages}
   panels = {}
-  for stage, title in names.items():
+  for stage, title in _STAGES.items():
     found = _lens_panels(runs, {stage: ""})
     panels |= {f"{name}, {title}": lines for name, lines in found.items()}
   plots.curves(path, {k: v for k, v in panels.items() if v}, x_label="layer")

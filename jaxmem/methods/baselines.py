@@ -13,6 +13,7 @@ with which the stage starts.
 Replay, joint training and mixing are questions of data (`data/mixing.py`).
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,11 +73,7 @@ def make_method(
     ValueError: unknown name or kl_inputs, negative strength, or lora without
       a key or ewc without importance.
   """
-  if name not in METHODS:
-    raise ValueError(
-      f"method is {name!r}; allowed: {', '.join(METHODS)} (replay, mixing and "
-      "joint training are settings of the data)"
-    )
+  check_method(name)
   if strength < 0:
     raise ValueError(f"method.strength is {strength}; it must be at least 0")
   if name == "lora":
@@ -263,6 +260,9 @@ def make_fisher_step(
       f"method.fisher_labels is {labels!r}; allowed: {', '.join(FISHER_LABELS)}"
     )
 
+  # Every example is a batch of one here, which no device could share.
+  model = dataclasses.replace(model, constrain=None)
+
   def log_likelihood(weights, row, rng):
     row = jax.tree.map(lambda leaf: leaf[None], row)
     hidden = model.hidden(weights, row)
@@ -304,6 +304,15 @@ def finish_fisher(total: FisherSum) -> Any:
     raise ValueError("no example to take the Fisher information of")
   count = total.examples.astype(jnp.float32)
   return jax.tree.map(lambda square: square / count, total.squares)
+
+
+def check_method(name: str) -> None:
+  """Raise ValueError for a name that is none of METHODS."""
+  if name not in METHODS:
+    raise ValueError(
+      f"method is {name!r}; allowed: {', '.join(METHODS)}, and joint alone "
+      "(replay and mixing are settings of the data)"
+    )
 
 
 def check_reg_stages(stages: Sequence[int], total: int) -> None:

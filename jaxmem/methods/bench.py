@@ -169,8 +169,17 @@ class Bench:
     labels: str,
     rng: jax.Array,
     batch_size: int,
-  ) -> Any:
-    """Importance of every weight for the rows, see `baselines`."""
+    stop: Callable[[int], bool] = lambda batch: False,
+  ) -> Any | None:
+    """Importance of every weight for the rows, see `baselines`.
+
+    None once `stop`, polled between batches, says so.
+
+    Raises:
+      ValueError: no row.
+    """
+    if not rows:
+      raise ValueError("no example to take the Fisher information of")
     size = self.shards * batch_size
     shape = packing.plan_padded(
       [len(row.ids) for row in rows], [row.labels for row in rows], size
@@ -185,6 +194,8 @@ class Bench:
     compiled = self._programs[key]
     state = compiled.put_state(state)
     for start in range(0, len(rows), size):
+      if stop(start):
+        return None
       part = rows[start : start + size]
       zeros = [MAIN] * len(part)
       batch = packing.pad(part, range(len(part)), zeros, shape)

@@ -95,6 +95,7 @@ def plan_chain(
     baselines.check_reg_stages(reg_stages, total)
     given = per_stage("method.name", method, len(reg_stages))
     for stage, name in zip(reg_stages, given, strict=True):
+      baselines.check_method(name)
       methods[stage - 1] = name
   plan = []
   for k in range(total):
@@ -105,7 +106,7 @@ def plan_chain(
         "+".join(sets) if joint else sets[k],
         mixes[k],
         _number("mix.ratio", ratios[k]) if mixed else 0.0,
-        int(_number("mix.seed", seeds[k])),
+        _whole("mix.seed", seeds[k]),
         methods[k],
         replay if k else 0.0,
         joint,
@@ -119,9 +120,15 @@ def _number(name, text) -> float:
     value = float(text)
   except ValueError:
     value = math.nan
-  if not value >= 0:
+  if not 0 <= value < math.inf:
     raise ValueError(f"{name} has {text!r}; give numbers of at least 0")
   return value
+
+
+def _whole(name, text) -> int:
+  if not text.isdecimal():
+    raise ValueError(f"{name} has {text!r}; give whole numbers of at least 0")
+  return int(text)
 
 
 class Pace(NamedTuple):

@@ -238,7 +238,7 @@ def make_post_update(
   Raises:
     ValueError: unknown param_dtype.
   """
-  _check("param_dtype", param_dtype, PARAM_DTYPES)
+  check("param_dtype", param_dtype, PARAM_DTYPES)
 
   def post_update(state, aux, rng):
     state = state._replace(memory=_advance(state, aux))
@@ -343,7 +343,7 @@ class StopRule:
   """
 
   def __init__(self, rule: str, outer: Callable[[int], bool]):
-    _check("stop", rule, STOP_RULES)
+    check("stop", rule, STOP_RULES)
     self._rule, self._outer = rule, outer
     self.reached = False
 
@@ -365,6 +365,7 @@ class StopRule:
     return self.reached or self._outer(step)
 
 
-def _check(name, value, allowed):
+def check(name: str, value: str, allowed: Sequence[str]) -> None:
+  """Raise ValueError for a value that is none of those allowed."""
   if value not in allowed:
     raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")

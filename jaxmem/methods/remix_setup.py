@@ -49,6 +49,22 @@ class Sets(NamedTuple):
   familiar: list[Example]  # known by the filter, with their few-shot prompts
 
 
+def set_names(config: ConfigDict) -> dict[str, str]:
+  """Names of the stages' sets by letter.
+
+  Raises:
+    ValueError: a stage without a set before one that has one, or none at all.
+  """
+  given = {x: config.data[x] for x in chain.LETTERS if x in config.data}
+  names = {letter: name for letter, name in given.items() if name}
+  if not names or list(names) != list(given)[: len(names)]:
+    raise ValueError(
+      f"data names the sets {given}; the first stages must have one, and no "
+      "stage may be left out between two"
+    )
+  return names
+
+
 def load_base(config: ConfigDict) -> Base:
   """Load model and tokenizer, and set up what compiles and places.
 
@@ -97,11 +113,9 @@ def load_sets(
     ValueError: sets that are unknown, unreadable or too small.
   """
   data = config.data
-  names = [data[letter] for letter in chain.LETTERS if letter in data]
-  names = [name for name in names if name]
+  names = set_names(config)
   sets = Sets({}, {}, {}, [])
-  for place, name in enumerate(names):
-    letter = chain.LETTERS[place]
+  for place, (letter, name) in enumerate(names.items()):
     found = _load_set(config, base, name, place, len(names), workdir, stop)
     if found is None:
       return None
@@ -163,7 +177,7 @@ def _load_set(config, base, name, place, total, workdir, stop):
 def _sift(config, base, name, pool, workdir, stop):
   """Verdicts of the familiarity filter, kept in a file."""
   first = name.removesuffix("B") if name in stages.twins() else name
-  both = f"{first}B" in config.data.values()
+  both = f"{first}B" in set_names(config).values()
   wanted = config.data.size * (1 + both)
   settings = {
     "model": base.name,
@@ -172,7 +186,8 @@ def _sift(config, base, name, pool, workdir, stop):
     "config": chain.settings_key(config.to_json_best_effort()),
   }
   same = [settings[k] for k in ("model", "set", "shots")]
-  key = chain.settings_key(same, wanted, len(pool), pool[0].question)
+  asked = [(example.question, example.answers) for example in pool]
+  key = chain.settings_key(same, wanted, asked)
   path = workdir / config.cache / f"familiarity-{key}.jsonl"
   if path.exists():
     return familiarity.read(path)
@@ -253,8 +268,8 @@ def load_probes(
 
 def note(config: ConfigDict, base: Base) -> str:
   """What must be said of a result beside its numbers, or nothing."""
-  names = [config.data[x] for x in chain.LETTERS if x in config.data]
-  ours = (*stages.WORLD, "kvr", "kvrB", "")
+  names = set_names(config).values()
+  ours = (*stages.WORLD, "kvr", "kvrB")
   size = base.bench.model.config.vocab_size
   if size >= SMALL_VOCABULARY or all(name in ours for name in names):
     return ""

@@ -9,17 +9,52 @@ from ml_collections import ConfigDict
 from jaxmem import config as configs
 from jaxmem.data import packing, stages
 from jaxmem.data.records import Example
-from jaxmem.methods import chain
-from jaxmem.methods.remix_setup import Base, Sets
+from jaxmem.methods import baselines, chain, remix
+from jaxmem.methods.remix_setup import Base, Sets, set_names
 
 MATCHES = ("steps", "tokens")
 
 
-def plan(config: ConfigDict, sets: Sets) -> tuple[chain.StagePlan, ...]:
-  """Read the stages' settings; see `chain.plan_chain`."""
+def plan(config: ConfigDict) -> tuple[chain.StagePlan, ...]:
+  """Read the stages' settings; see `chain.plan_chain`.
+
+  Raises:
+    ValueError: also for settings that would be found wrong, or without any
+      effect, only after an earlier stage was trained.
+  """
+  train, method = config.train, config.method
+  remix.check("train.stop", train.stop, remix.STOP_RULES)
+  remix.check("train.param_dtype", train.param_dtype, remix.PARAM_DTYPES)
+  for name, allowed in (
+    ("kl_inputs", baselines.KL_INPUTS),
+    ("fisher_labels", baselines.FISHER_LABELS),
+  ):
+    remix.check(f"method.{name}", method[name], allowed)
+  steps = _chain(config)
+  for number, step in enumerate(steps, 1):
+    where = f"method.name is {step.method} in stage {number}"
+    if step.method in ("ewc", "l2", "kl") and not method.strength > 0:
+      raise ValueError(
+        f"{where} and method.strength {method.strength}, which is naive "
+        "training; give a positive one"
+      )
+    if step.method == "kl" and method.kl_inputs == "mixed" and not step.ratio:
+      raise ValueError(
+        f"{where} on mixed rows, but mix.source is {step.mix} there; name a "
+        "source, or set method.kl_inputs=main"
+      )
+    if step.method == "ewc" and number == 1 and not config.data.known:
+      raise ValueError(
+        f"{where}, where it protects what the base knows, but data.known is "
+        "empty; name a set, or leave 1 out of method.reg_stages"
+      )
+  return steps
+
+
+def _chain(config) -> tuple[chain.StagePlan, ...]:
   method, joint = config.method.name, config.method.name == "joint"
   return chain.plan_chain(
-    [config.data[letter] for letter in sets.rows],
+    list(set_names(config).values()),
     mix=config.mix.source,
     ratio=config.mix.ratio,
     mix_seed=config.mix.seed,
@@ -99,13 +134,14 @@ def stage_key(
   config: ConfigDict,
   before: str,
   step: chain.StagePlan,
-  sets: Sets,
+  rows: str,
   pace: chain.Pace | None = None,
 ) -> str:
   """Name of a stage's weights by all that decides them.
 
   Args:
     before: the key of the stage before, or the base's fingerprint.
+    rows: digest of the stage's data: names do not say what a file holds.
     pace: of `matched_pace`.
   """
   flat = configs.flatten(config)
@@ -119,17 +155,17 @@ def stage_key(
   if step.replay:
     groups.append("replay.")
   own = {"mix.source", "mix.ratio", "mix.seed", "method.name", "replay.share"}
-  own |= {f"data.{x}" for x in "known known_size prose prose_size".split()}
-  own |= {f"data.{letter}" for letter in chain.LETTERS}
+  own |= {f"data.{x}" for x in ("prose", "prose_size", *chain.LETTERS)}
+  if step.method != "ewc":  # which in the first stage protects known facts
+    own |= {"data.known", "data.known_size"}
   settings = {
     name: value
     for name, value in flat.items()
     if name.startswith(tuple(groups)) and name not in own and name not in free
   }
-  # Random words avoid the answers of all sets; name groups are as many.
-  if step.ratio or config.data.disjoint_names:
-    settings["sets"] = [config.data[letter] for letter in sets.rows]
-  return chain.settings_key(before, dataclasses.asdict(step), settings, pace)
+  return chain.settings_key(
+    before, dataclasses.asdict(step), settings, rows, pace
+  )
 
 
 def matched_pace(

@@ -45,6 +45,8 @@ def test_people_of_disjoint_names():
   assert not parts[0] & parts[1]
   with pytest.raises(ValueError, match="for the sets 'world' only, not 'kvr'"):
     stages.load_set("kvr", size=4, name_groups=2)
+  many = stages.load_set("world", size=1024, place=1, name_groups=2)
+  assert len(many.examples) == 1024, "all people of a part are looked at"
 
 
 def test_sets_by_name_by_source_and_by_path(tmp_path):
@@ -136,7 +138,7 @@ def test_as_many_rows_are_mixed_in_as_the_ratio_says(
   assert data.stage.counts == {
     "main": 20, "mixed": int(20 * ratio), "replayed": 0,
   }  # fmt: skip
-  assert len(data.main) == 20 and len(data.table(MIXED)) == int(20 * ratio)
+  assert len(data.main) == 20 and len(data.taken(MIXED, 1)) == int(20 * ratio)
   assert data.sources == (MAIN, MIXED)
   if available == 50 and ratio == 1:  # the release's order of things
     compat = make(
@@ -153,7 +155,7 @@ def test_same_seed_same_mixed_rows_other_seed_others(tokenizer):
       tokenizer, rows_of(8), mix=rows_of(60, "mix"),
       mixing_options={"ratio": 1, "mix_seed": seed},
     )  # fmt: skip
-    return [row.example.id for row in data.table(MIXED)]
+    return [row.example.id for row in data.taken(MIXED, 1)]
 
   assert mixed(0) == mixed(0) != mixed(1)
 
@@ -167,7 +169,7 @@ def test_replayed_rows_are_those_of_the_epochs_made(tokenizer):
     )  # fmt: skip
     assert data.stage.counts["replayed"] == 4
     assert data.order.steps_per_epoch == 2
-    first, more = data.replayed(2), data.replayed(11)
+    first, more = data.taken(REPLAYED, 2), data.taken(REPLAYED, 11)
     assert len(first) == 4
     assert (len(more) > 4) == redraw
     ids = {id(row) for row in earlier}

@@ -175,13 +175,13 @@ def test_files_and_overlay(tmp_path):
     for key, value in found.items():
       np.testing.assert_array_equal(seeds[-1][key], value)
   path = tmp_path / "overlay.png"
-  plots_where.overlay(path, {"plain": seeds, "mixed": seeds[:1]}, stages=["a"])
+  plots_where.overlay(path, {"plain": seeds, "mixed": seeds[:1]})
   assert path.read_bytes().startswith(b"\x89PNG")
   deeper = {**seeds[0], "layers": 3}
   with pytest.raises(ValueError, match="equal depth"):
     plots_where.overlay(path, {"plain": seeds, "deep": [deeper]})
-  with pytest.raises(ValueError, match="known"):
-    plots_where.overlay(path, {"plain": seeds}, stages=["c"])
+  with pytest.raises(ValueError, match="at least one analysis per label"):
+    plots_where.overlay(path, {"plain": []})
 
 
 # ---- Weights ----------------------------------------------------------------

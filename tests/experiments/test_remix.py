@@ -3,7 +3,12 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
+import random
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,9 +19,10 @@ from jaxmem import config as configs
 from jaxmem.data import formats, stages, vocabulary
 from jaxmem.data.tokenize import encode_examples, encode_prompts
 from jaxmem.evaluation import familiarity
-from jaxmem.methods import bench, remix_setup, remix_stages
+from jaxmem.methods import bench, remix_report, remix_setup, remix_stages
 from jaxmem.models import huggingface
 from jaxmem.models.config import ModelConfig
+from jaxmem.training import checkpoint
 from jaxmem.training.logging import read_metrics
 from tests.methods import small
 
@@ -154,6 +160,50 @@ def test_two_stages_restarted_at_any_place_end_as_one_run(run, tmp_path):
   assert set(metrics["world"]) == {"Accuracy", "ROUGE_L"}
 
 
+def test_kill_9_and_restart_end_as_an_unbroken_run(run, model_dir, tmp_path):
+  settings = {"eval.generate": False, "eval.probes": False}
+  for name in ("a", "b"):  # each with a cache of its own beside the run
+    (tmp_path / name).mkdir()
+  whole = run(tmp_path / "a" / "run", **settings)
+  lives = random.randrange(4, whole["steps"])
+  values = TINY | settings | {"model": model_dir}
+  killed = subprocess.run(
+    [
+      sys.executable, "-m", "tests.experiments.mortal_remix",
+      f"--config={CONFIG}", f"--workdir={tmp_path / 'b' / 'run'}",
+      *(f"--config.{name}={value}" for name, value in values.items()),
+    ],
+    env=os.environ | {
+      "BATCHES_TO_LIVE": str(lives), "JAX_ENABLE_COMPILATION_CACHE": "false",
+    },
+    text=True,
+    stderr=subprocess.PIPE,
+  )  # fmt: skip
+  assert killed.returncode == -signal.SIGKILL, killed.stderr
+  assert not (tmp_path / "b" / "run" / "result.json").exists()
+  left = [
+    step
+    for stage in (tmp_path / "b" / "run" / "stages").iterdir()
+    for step in checkpoint.steps(stage)
+  ]
+  assert left, "there is something to go on from"
+  again = run(tmp_path / "b" / "run", **settings)
+  for result in (whole, again):
+    for stage in result["stages"].values():
+      stage.pop("from_cache", None)
+      stage.pop("seconds")
+  assert timeless(again) == timeless(whole), f"killed before batch {lives}"
+  sums = [
+    [
+      json.loads(file.read_text())["items"]
+      for file in sorted((tmp_path / x).rglob("integrity.json"))
+      if "remix_stages" in str(file) or "stages/b" in str(file)
+    ]
+    for x in ("a", "b")
+  ]
+  assert sums[0] == sums[1] and len(sums[0]) == 2, "bit for bit, both stages"
+
+
 def test_three_stages_with_everything_switched_on(run, tmp_path):
   result = run(
     tmp_path / "run",
@@ -204,7 +254,7 @@ def test_facts_that_the_base_knows_are_left_out(model_dir, tmp_path):
   assert used == expected
   assert [f.target for f in sets.familiar] == [f.target for f in pool[:16:3]]
   assert sets.labels == {"a": "world", "b": "worldB"}
-  files = list((tmp_path / "kept").glob("familiarity-*.jsonl"))
+  files = list((tmp_path / "kept").iterdir())
   verdicts = [familiarity.read(path) for path in files]
   assert len(files) == 2 and {len(v) for v in verdicts} == {16}
   Bench.answer = None  # the file is read, nothing is asked again
@@ -247,11 +297,10 @@ def test_prompts_have_the_same_ids_in_training_and_at_evaluation(
 
 
 def key_of(model_dir, letter="a", **changes):
+  rows = changes.pop("rows", "digest")
   config = make_config(model_dir, **changes)
-  sets = remix_setup.Sets({"a": [], "b": []}, {}, {}, [])
-  plan = remix_stages.plan(config, sets)
-  step = plan["ab".index(letter)]
-  return remix_stages.stage_key(config, "base", step, sets)
+  step = remix_stages.plan(config)["ab".index(letter)]
+  return remix_stages.stage_key(config, "base", step, rows)
 
 
 def test_what_decides_a_stage_decides_its_key(model_dir):
@@ -269,24 +318,67 @@ def test_what_decides_a_stage_decides_its_key(model_dir):
   other = [
     {"seed": 1},
     {"mix.source": "random,none"},
-    {"mix.source": "random,none", "data.b": "differences"},
+    {"rows": "of another file"},
     {"mix.source": "random,none", "mix.length": 4},
     {"data.a": "kvr"},
     {"data.disjoint_names": True},
     {"train.rate": 1e-4},
-    {"method.name": "l2", "method.reg_stages": (1,)},
+    {"method.name": "l2", "method.reg_stages": (1,), "method.strength": 1.0},
     {"compat.fixed_order": True},
   ]
   keys = [key(**changes) for changes in other]
   assert len({*keys, key()}) == len(other) + 1
   assert key("b", **{"replay.share": 0.1}) != key("b")
+  ewc = {
+    "method.name": "ewc",
+    "method.reg_stages": (1,),
+    "method.strength": 1.0,
+  }
+  assert key(**ewc) != key(**ewc, **{"data.known_size": 7}), "F is of these"
+
+
+def test_wrong_settings_are_found_before_anything_is_done(
+  model_dir, run, tmp_path, monkeypatch
+):
+  for changes, message in (
+    ({"data.b": "", "data.c": "world"}, "no stage may be left out"),
+    ({"method.name": "ewcc"}, "method is 'ewcc'; allowed"),
+    ({"method.name": "ewc"}, "strength 0.0, which is naive training"),
+    (
+      {
+        "method.name": "ewc", "method.reg_stages": (1,), "data.known": "",
+        "method.strength": 1.0,
+      },
+      "data.known is empty",
+    ),
+    (
+      {
+        "method.name": "kl", "method.strength": 1.0, "mix.source": "prose,none",
+        "method.kl_inputs": "mixed",
+      },
+      "on mixed rows, but mix.source is none there",
+    ),
+    ({"method.fisher_labels": "drawn"}, "method.fisher_labels is 'drawn'"),
+    ({"train.stop": "never"}, "train.stop is 'never'; allowed: em"),
+    ({"train.param_dtype": "float16"}, "train.param_dtype is 'float16'"),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+      remix_stages.plan(make_config(model_dir, **changes))
+  monkeypatch.setattr(remix_report, "report", None)  # nothing is even scored
+  for changes, message in (
+    ({"mix.source": "none,rndom"}, "mix source 'rndom' is unknown"),
+    ({"mix.source": "none,prose", "mix.ratio": "9"}, "ratio asks for 72 rows"),
+    ({"match.run": "../none"}, "match.run: .* does not exist"),
+    ({"train.layout": "loose"}, "layout is 'loose'"),
+    ({"replay.share": 0.01}, "replay_ratio is 0.01 of 8 rows"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(tmp_path / "run", **changes)
 
 
 def test_a_run_as_long_as_another(model_dir, tmp_path):
   config = make_config(model_dir, **{"match.run": "../other"})
-  sets = remix_setup.Sets({"a": [], "b": []}, {}, {}, [])
-  first, second = remix_stages.plan(config, sets)
-
+  first, second = remix_stages.plan(config)
   data = stages.make_stage_data(
     small.tokenizer(), small.facts(16), size=16, batch_size=4, epochs=1
   )
@@ -334,6 +426,8 @@ def test_rows_are_compared_fact_by_fact(tmp_path, capsys):
       ("naive", {}, base),
       ("mixed", {"mix.source": "none,prose"}, base | (rng.random(200) < 0.3)),
       ("same", {"mix.source": "none,random"}, base),
+      ("again", {"replay.share": 0.5}, base | (np.arange(200) < 100)),
+      ("all", {"replay.share": 1.0}, np.ones(200, int)),
     ):
       workdir = tmp_path / f"{name}{seed}"
       workdir.mkdir()
@@ -342,6 +436,8 @@ def test_rows_are_compared_fact_by_fact(tmp_path, capsys):
       (workdir / "config.json").write_text(json.dumps({"seed": seed}))
       (workdir / "result.json").write_text(json.dumps({"retention": 1.0}))
       correct = {"after_0": {"a": [0] * 200}, "after_2": {"a": right.tolist()}}
+      share = overrides.get("replay.share", 0)
+      correct["replayed"] = (np.arange(200) < 200 * share).astype(int).tolist()
       (workdir / "correct.json").write_text(json.dumps(correct))
   assert remix_compare.main([str(tmp_path)]) == 0
   out = capsys.readouterr().out
@@ -350,6 +446,9 @@ def test_rows_are_compared_fact_by_fact(tmp_path, capsys):
   same = next(x for x in out.splitlines() if "random" in x).split("|")
   assert float(mixed[3].split()[0]) > 10 and float(mixed[4]) < 0.01
   assert same[3].strip() == "+0.0 [+0.0, +0.0]" and float(same[4]) == 1
+  again = next(x for x in out.splitlines() if "share=0.5" in x).split("|")
+  assert again[3].strip() == "+0.0 [+0.0, +0.0]", "replayed facts do not count"
+  assert "share=1.0 | all facts replayed" in out
   assert remix_compare.main([str(tmp_path), "--to=mix.source=none,prose"]) == 0
   assert "against source=none,prose" in capsys.readouterr().out
   assert remix_compare.main([str(tmp_path), "--to=source=none"]) == 2
@@ -371,9 +470,7 @@ def test_every_point_of_the_sweeps_can_be_run(name, tmp_path):
   places = [point.workdir.name for point in points]
   for at, point in enumerate(points):
     config = configs.apply(configs.load(f"configs/{name}.py"), point.overrides)
-    letters = [x for x in "abcd" if config.data[x]]
-    sets = remix_setup.Sets(dict.fromkeys(letters, []), {}, {}, [])
-    assert remix_stages.plan(config, sets)
+    assert remix_stages.plan(config)
     if config.match.run:  # a run that comes before it
       other = config.match.run.replace("{seed}", str(config.seed))
       assert other.removeprefix("../") in places[:at]

@@ -3,9 +3,11 @@
 import json
 
 import matplotlib.image
+import numpy as np
 import pytest
 
 from experiments import report, runs
+from jaxmem.evaluation import where
 
 
 @pytest.fixture
@@ -131,3 +133,18 @@ def test_bad_roots(tmp_path, capsys):
   assert "holds no run" in capsys.readouterr().err
   assert report.main([str(tmp_path / "no")]) == 2
   assert "is not a directory" in capsys.readouterr().err
+
+
+def test_analyses_of_where_facts_live_are_laid_over_each_other(run, tmp_path):
+  _sweep(run)
+  for name, layers in (
+    ("ratio=2.0,seed=0", 2), ("ratio=2.0,seed=1", 2), ("ratio=0.5,seed=0", 3),
+  ):  # fmt: skip
+    curve = np.linspace(0, 1, layers + 1)
+    found = {"layers": layers, "a/presence_k1_first": curve}
+    where.save(found, tmp_path / "out" / name / "analysis")
+  output = tmp_path / "report"
+  text = report.write_report(runs.find_runs([tmp_path / "out"]), output)
+  for depth in (2, 3):
+    assert f"lens_{depth}_layers.png" in text
+    assert (output / f"lens_{depth}_layers.png").is_file()

@@ -1,5 +1,6 @@
 """The baselines: exact where nothing has moved, and as their formulas say."""
 
+import dataclasses
 import functools
 
 import jax
@@ -133,6 +134,40 @@ def test_kl_is_the_mean_over_the_labels_of_the_chosen_rows(inputs):
   np.testing.assert_allclose(added / count, expected, rtol=1e-4)
 
 
+class Lookup(remix.Model):
+  """A model of one matrix, quick to compile."""
+
+  def hidden(self, base, batch, adapters=None):
+    return base[batch.ids]
+
+  def logits(self, base):
+    return lambda hidden: hidden @ base.T
+
+
+def test_kl_of_devices_on_their_own_adds_up_to_that_of_one():
+  """As in a per-device program: their labels are not equally many."""
+  rng = np.random.default_rng(2)
+  size = (2, small.CONFIG.vocab_size, 4)
+  anchor, params = jnp.asarray(rng.normal(size=size), jnp.float32)
+  penalty = baselines.make_kl(Lookup(small.CONFIG))
+  frozen = {"anchor": anchor, "strength": jnp.float32(2)}
+  batch = small.padded(
+    small.encoded(5), [MAIN, MIXED, MAIN, MAIN, MAIN], rows_multiple=2
+  )
+  batch = jax.tree.map(jnp.asarray, batch)
+
+  def added(batch, axis=None):
+    count = (batch.label_slot >= 0).sum().astype(jnp.float32)
+    hidden = params[batch.ids]
+    gather = Gather(axis)
+    return penalty(params, frozen, batch, hidden, count=count, gather=gather)
+
+  halves = jax.tree.map(lambda x: x.reshape(2, -1, *x.shape[1:]), batch)
+  parts = jax.vmap(lambda x: added(x, "devices"), axis_name="devices")(halves)
+  np.testing.assert_allclose(parts.sum(), added(batch), rtol=1e-5)
+  assert abs(float(parts[0] / parts[1]) - 1) > 1e-2
+
+
 def test_kl_in_pieces_is_kl_at_once():
   rng = np.random.default_rng(0)
   old, new, head = (
@@ -177,17 +212,21 @@ def test_lora_starts_as_the_base_trains_alone_and_merges():
 
 
 @functools.cache
-def bench():
-  mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
-  return Bench(small.MODEL, mesh, Training(epochs=1, batch_size=4, rate=1e-3))
+def bench(*sizes):
+  devices = jax.devices()[: int(np.prod(sizes))]
+  mesh = parallel.make_mesh(*sizes, devices=devices)
+  constrain = parallel.make_constrain(mesh)
+  model = dataclasses.replace(small.MODEL, constrain=constrain)
+  return Bench(model, mesh, Training(epochs=1, batch_size=4, rate=1e-3))
 
 
-def fisher(labels, rng=RNG):
+def fisher(labels, rng=RNG, sizes=(1, 1, 1), **options):
   """Importance of all weights for six facts, in batches of four."""
-  weights = bench().put(small.params())
-  return bench().fisher(
-    weights, small.encoded(6), labels=labels, rng=rng, batch_size=4
-  )
+  at = bench(*sizes)
+  return at.fisher(
+    at.put(small.params()), small.encoded(6), labels=labels, rng=rng,
+    batch_size=4 // at.shards, **options,
+  )  # fmt: skip
 
 
 @jax.jit
@@ -211,6 +250,14 @@ def test_fisher_with_gold_labels_is_the_mean_of_squared_gradients():
       lambda e, g: e + np.square(g) / 6, expected, jax.device_get(grads)
     )
   assert_close(fisher("gold"), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_fisher_on_two_devices_is_that_of_one():
+  both = fisher("gold", sizes=(1, 2, 1))
+  assert_close(both, fisher("gold"), rtol=1e-4, atol=1e-7)
+  assert fisher("gold", stop=lambda start: start > 0) is None
+  with pytest.raises(ValueError, match="no example to take"):
+    bench(1, 1, 1).fisher(None, [], labels="gold", rng=RNG, batch_size=4)
 
 
 def test_fisher_with_drawn_labels_depends_on_the_key_alone():

@@ -33,6 +33,9 @@ def test_plans_that_cannot_be():
     (dict(sets=["x", "y"], mix="random,none,none"), "mix.source is .* 3 ent"),
     (dict(sets=["x"], mix="prose", ratio="two"), "mix.ratio has 'two'"),
     (dict(sets=["x"], mix="prose", ratio="-1"), "mix.ratio has '-1'"),
+    (dict(sets=["x"], mix="prose", ratio="inf"), "mix.ratio has 'inf'"),
+    (dict(sets=["x"], mix="prose", mix_seed="1.5"), "mix.seed has '1.5'"),
+    (dict(sets=["x", "y"], method="ewcc"), "method is 'ewcc'; allowed"),
     (dict(sets=["x", "y"], method="ewc", reg_stages=(3,)), "reg_stages has"),
     (dict(sets=["x", "y"], method="ewc,kl", reg_stages=(2,)), "method.name is"),
   ):
