@@ -70,14 +70,15 @@ class Stage(NamedTuple):
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Run the whole chain and write its results."""
+  plan = remix_stages.plan(config)  # first: it names what is wrong
   base = remix_setup.load_base(config)
   sets = remix_setup.load_sets(config, base, workdir, stop)
   if sets is None:
     return
-  plan = remix_stages.plan(config, sets)
-  weights, key, shape = base.weights, base.name, None
+  weights, key = base.weights, base.name
   # Training consumes the base's weights: nobody else may hold them.
   exp = Experiment(config, workdir, stop, base._replace(weights=None), sets)
+  prepared = prepare_all(exp, plan)
   done: list[Stage] = []
   ask = functools.partial(
     remix_report.report, config, exp.base, sets, workdir=workdir, stop=stop
@@ -85,9 +86,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   reports = [ask(weights, 0)]
   if reports[0] is None:
     return
-  for k, step in enumerate(plan):
-    data, pace = prepare(exp, step, shape)
-    shape = shape or data.shape
+  for k, (step, (data, pace)) in enumerate(zip(plan, prepared, strict=True)):
     key = remix_stages.stage_key(config, key, step, sets, pace)
     last = k + 1 == len(plan)
     stage = run_stage(exp, step, data, pace, weights, key, last=last)
@@ -106,6 +105,17 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   found = analyse(exp, done) if config.eval.analysis else {}
   if found is not None:
     write_results(exp, plan, done, reports, found)
+
+
+def prepare_all(
+  exp: Experiment, plan: tuple[chain.StagePlan, ...]
+) -> list[tuple[stages.StageData, chain.Pace | None]]:
+  """Make every stage's data before the first is trained: errors come early."""
+  prepared, shape = [], None
+  for step in plan:
+    prepared.append(prepare(exp, step, shape))
+    shape = shape or prepared[0][0].shape
+  return prepared
 
 
 def prepare(

@@ -9,17 +9,25 @@ from ml_collections import ConfigDict
 from jaxmem import config as configs
 from jaxmem.data import packing, stages
 from jaxmem.data.records import Example
-from jaxmem.methods import chain
+from jaxmem.methods import baselines, chain, remix
 from jaxmem.methods.remix_setup import Base, Sets
 
 MATCHES = ("steps", "tokens")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def plan(config: ConfigDict, sets: Sets) -> tuple[chain.StagePlan, ...]:
-  """Read the stages' settings; see `chain.plan_chain`."""
+def plan(config: ConfigDict) -> tuple[chain.StagePlan, ...]:
+  """Read the stages' settings; see `chain.plan_chain`.
+
+  Nothing is loaded: a wrong value of any stage stops a run before its first.
+
+  Raises:
+    ValueError: a name that is unknown, or a file that does not exist.
+  """
   method, joint = config.method.name, config.method.name == "joint"
-  return chain.plan_chain(
-    [config.data[letter] for letter in sets.rows],
+  names = [config.data[x] for x in chain.LETTERS if x in config.data]
+  found = chain.plan_chain(
+    names,
     mix=config.mix.source,
     ratio=config.mix.ratio,
     mix_seed=config.mix.seed,
@@ -28,6 +36,25 @@ def plan(config: ConfigDict, sets: Sets) -> tuple[chain.StagePlan, ...]:
     replay=config.replay.share,
     joint=joint,
   )
+  for step in found:
+    _check("method.name", step.method, (*baselines.METHODS, "joint"))
+    stages.check_mix(step.mix)
+  for name in filter(None, names):
+    stages.check_set(name)
+  settings = config.method
+  _check("method.kl_inputs", settings.kl_inputs, baselines.KL_INPUTS)
+  labels = baselines.FISHER_LABELS
+  _check("method.fisher_labels", settings.fisher_labels, labels)
+  _check("train.stop", config.train.stop, remix.STOP_RULES)
+  _check("train.param_dtype", config.train.param_dtype, remix.PARAM_DTYPES)
+  _check("train.compute_dtype", config.train.compute_dtype, COMPUTE_DTYPES)
+  _check("match.what", config.match.what, MATCHES)
+  return found
+
+
+def _check(name, value, allowed):
+  if value not in allowed:
+    raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 def stage_data(
@@ -149,10 +176,7 @@ def matched_pace(
   match = config.match
   if not match.run:
     return None
-  if match.what not in MATCHES:
-    raise ValueError(
-      f"match.what is {match.what!r}; allowed: {', '.join(MATCHES)}"
-    )
+  _check("match.what", match.what, MATCHES)
   other_run = match.run.replace("{seed}", str(config.seed))
   path = workdir / other_run / "result.json"
   if not path.is_file():

@@ -249,7 +249,7 @@ def test_prompts_have_the_same_ids_in_training_and_at_evaluation(
 def key_of(model_dir, letter="a", **changes):
   config = make_config(model_dir, **changes)
   sets = remix_setup.Sets({"a": [], "b": []}, {}, {}, [])
-  plan = remix_stages.plan(config, sets)
+  plan = remix_stages.plan(config)
   step = plan["ab".index(letter)]
   return remix_stages.stage_key(config, "base", step, sets)
 
@@ -284,8 +284,7 @@ def test_what_decides_a_stage_decides_its_key(model_dir):
 
 def test_a_run_as_long_as_another(model_dir, tmp_path):
   config = make_config(model_dir, **{"match.run": "../other"})
-  sets = remix_setup.Sets({"a": [], "b": []}, {}, {}, [])
-  first, second = remix_stages.plan(config, sets)
+  first, second = remix_stages.plan(config)
 
   data = stages.make_stage_data(
     small.tokenizer(), small.facts(16), size=16, batch_size=4, epochs=1
@@ -312,6 +311,32 @@ def test_a_run_as_long_as_another(model_dir, tmp_path):
   config.match.what = "seconds"
   with pytest.raises(ValueError, match="match.what is 'seconds'; allowed"):
     pace(second, data)
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"method.name": "ewcc"}, "method.name is 'ewcc'; allowed: naive, ewc"),
+    ({"method.kl_inputs": "all"}, "method.kl_inputs is 'all'; allowed: main"),
+    ({"method.fisher_labels": "x"}, "fisher_labels is 'x'; allowed: sampled"),
+    ({"mix.source": "none,randm"}, "mix source 'randm' is unknown; allowed"),
+    ({"mix.source": "none,passages:no.txt"}, "'no.txt': no such file"),
+    ({"data.b": "popqaa"}, "'popqaa' is no file and no known set; known"),
+    ({"data.b": "popqa:no.tsv"}, "'no.tsv': no such file"),
+    ({"data.b": "popqaa:no.tsv"}, "unknown data set 'popqaa'; known"),
+    ({"train.stop": "never"}, "train.stop is 'never'; allowed: em, fixed"),
+    ({"train.param_dtype": "int8"}, "param_dtype is 'int8'; allowed: float32"),
+    ({"train.compute_dtype": "f32"}, "compute_dtype is 'f32'; allowed: float3"),
+    ({"match.what": "seconds"}, "match.what is 'seconds'; allowed: steps"),
+  ],
+)
+def test_a_wrong_value_of_any_stage_stops_before_anything_is_loaded(
+  tmp_path, changes, message
+):
+  config = configs.apply(configs.load(CONFIG), changes | {"model": "nowhere"})
+  with pytest.raises(ValueError, match=message):
+    experiment.run(config, tmp_path, lambda step: False)
+  assert not list(tmp_path.iterdir())
 
 
 def test_every_value_of_the_config_is_read():
@@ -371,9 +396,7 @@ def test_every_point_of_the_sweeps_can_be_run(name, tmp_path):
   places = [point.workdir.name for point in points]
   for at, point in enumerate(points):
     config = configs.apply(configs.load(f"configs/{name}.py"), point.overrides)
-    letters = [x for x in "abcd" if config.data[x]]
-    sets = remix_setup.Sets(dict.fromkeys(letters, []), {}, {}, [])
-    assert remix_stages.plan(config, sets)
+    assert remix_stages.plan(config)
     if config.match.run:  # a run that comes before it
       other = config.match.run.replace("{seed}", str(config.seed))
       assert other.removeprefix("../") in places[:at]
