@@ -11,7 +11,8 @@ its tokens, and the end after it, has the largest logit.
 import argparse
 import json
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmem import models
-from jaxmem.data import curriculum, exams, world
+from jaxmem.data import curriculum, exams, vocabulary, world
 from jaxmem.models import decoder, huggingface
 from jaxmem.models.config import ModelConfig
 from jaxmem.training import loss
@@ -165,17 +166,39 @@ def _add(totals) -> dict[str, float]:
   return jax.tree.map(lambda *x: float(sum(x)), *totals)
 
 
-def main() -> None:
-  """Print the scores of one model as json."""
-  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-  parser.add_argument("--model", default="nano", help="nano, tiny or a path")
-  parser.add_argument("--questions", type=int, default=1000)
-  parser.add_argument("--seed", type=int, default=1)
-  flags = parser.parse_args()
-  config, params = huggingface.load(models.find(flags.model))
+def main(argv: Sequence[str] | None = None) -> int:
+  """Print the scores of one model as json; return the exit status."""
+  parser = argparse.ArgumentParser(
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("--model", default="nano", help="nano, tiny, a path or a hub id")
+  add("--questions", type=int, default=1000, help="of each kind (default 1000)")
+  add("--seed", type=int, default=1, help="of the questions (default 1)")
+  flags = parser.parse_args(argv)
+  if flags.questions < 1:
+    parser.error(f"--questions is {flags.questions}: need at least 1")
+  try:
+    config, params = huggingface.load(models.find(flags.model))
+    _check_vocabulary(config, flags.model)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   scores = score(config, params, questions=flags.questions, seed=flags.seed)
   print(json.dumps({k: round(v, 4) for k, v in scores.items()}, indent=2))
+  return 0
+
+
+def _check_vocabulary(config, name):
+  words = len(vocabulary.vocabulary())
+  if config.vocab_size < words:
+    raise ValueError(
+      f"{name} has {config.vocab_size} tokens, the world {words}: give a model "
+      "that experiments.pretrain made"
+    )
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

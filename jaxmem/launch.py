@@ -56,16 +56,23 @@ class Flags(NamedTuple):
   coordinator: dict  # arguments of jax.distributed.initialize
 
 
-def parse_flags(argv: Sequence[str]) -> Flags:
+def parse_flags(argv: Sequence[str], description: str | None = None) -> Flags:
   """Read the command line (without the program's name).
+
+  Args:
+    argv: the words.
+    description: of the program, for --help.
 
   Raises:
     ValueError: an override without a value.
     SystemExit: argparse's usage error.
   """
   parser = argparse.ArgumentParser(
+    description=description,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
-    epilog="--config.GROUP.NAME=VALUE sets one value of the config.",
+    epilog="--config.GROUP.NAME=VALUE sets one value of the config; the config "
+    "file\nlists them all, with their meaning.",
   )
   add = parser.add_argument
   add("--config", required=True, help="path/to/config.py[:argument]")
@@ -77,8 +84,8 @@ def parse_flags(argv: Sequence[str]) -> Flags:
     help="join other processes: when a cluster is detected, always, never",
   )
   add("--coordinator_address", help="host:port of process 0")
-  add("--num_processes", type=int)
-  add("--process_id", type=int)
+  add("--num_processes", type=int, help="started together, this one included")
+  add("--process_id", type=int, help="of this one, from 0")
   plain, overrides, rest = [], {}, list(argv)
   while rest:
     word = rest.pop(0)
@@ -253,6 +260,19 @@ def _speaks_to_user(error: ValueError) -> bool:
   return ours and operation == dis.opmap["RAISE_VARARGS"]
 
 
+def set_log_format() -> None:
+  """Show our lines from INFO on, with their time.
+
+  Importing orbax has given the root logger a handler with another format.
+  """
+  logging.basicConfig()
+  lines = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
+  for handler in logging.getLogger().handlers:
+    if type(handler) is logging.StreamHandler:
+      handler.setFormatter(lines)
+  logging.getLogger("jaxmem").setLevel(logging.INFO)
+
+
 def main(run: Run, argv: Sequence[str] | None = None) -> None:
   """Run an experiment from the command line, and exit.
 
@@ -260,12 +280,12 @@ def main(run: Run, argv: Sequence[str] | None = None) -> None:
   by this package), 1 with one line for a loss that is not finite, 143 when
   asked to stop and everything was saved. Another error keeps its traceback.
   """
-  logging.basicConfig(
-    format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-  )
-  logging.getLogger("jaxmem").setLevel(logging.INFO)
+  set_log_format()
   try:
-    flags = parse_flags(sys.argv[1:] if argv is None else argv)
+    flags = parse_flags(
+      sys.argv[1:] if argv is None else argv,
+      getattr(run, "__globals__", {}).get("__doc__"),
+    )
     config = configs.load(flags.config)
     configs.apply(config, flags.overrides)
     use_compilation_cache(os.environ)

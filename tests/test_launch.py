@@ -1,7 +1,10 @@
 """Flags, clusters, stopping, and who gets a traceback."""
 
+import io
+import logging
 import os
 import pathlib
+import re
 import signal
 
 import jax
@@ -52,6 +55,26 @@ def test_bad_flags_are_usage_errors(argv, capsys):
   with pytest.raises(SystemExit, match="2"):
     launch.parse_flags(argv)
   assert "usage:" in capsys.readouterr().err
+
+
+def test_help_says_what_the_experiment_is(capsys):
+  def run(config, workdir, stop):
+    """Never called."""
+
+  with pytest.raises(SystemExit, match="0"):
+    launch.main(run, ["--help"])
+  out = capsys.readouterr().out
+  assert __doc__ in out, "of the module that `run` is in"
+  assert "--config.GROUP.NAME=VALUE sets one value" in out
+
+
+def test_our_lines_have_our_format_whoever_set_up_logging(monkeypatch):
+  stream = io.StringIO()
+  root = logging.getLogger()
+  monkeypatch.setattr(root, "handlers", [logging.StreamHandler(stream)])
+  launch.set_log_format()
+  logging.getLogger("jaxmem.test").info("saved")
+  assert re.fullmatch(r"\d\d:\d\d:\d\d INFO saved\n", stream.getvalue())
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,15 @@ def read_rows(
     yield from _READERS[path.suffix](path, bad)
 
 
+def check_source(source: str) -> None:
+  """Raise ValueError for files that are not there; nothing is read.
+
+  TFDS and the hub are not asked, and an empty source is a set's own.
+  """
+  if source and source.partition(":")[0] not in ("tfds", "hf"):
+    find_files(source)
+
+
 def find_files(source: str | pathlib.Path) -> list[pathlib.Path]:
   """Files that a path, a folder or a `*` pattern stands for, sorted.
 

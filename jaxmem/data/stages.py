@@ -21,6 +21,7 @@ from jaxmem.data import (
   packing,
   passages,
   sets,
+  sources,
   vocabulary,
   world_sets,
 )
@@ -41,16 +42,17 @@ _SPARE = 3
 
 def is_factoid(name: str) -> bool:
   """Whether a set's rows have short answers that are asked at evaluation."""
-  if name in WORLD:
-    return name in FACTS
-  head = name.partition(":")[0]
-  known = head in sets.SETS or head.removesuffix("B") in sets.SETS
-  return not known or sets.find(head)[0].kind in ("factoid", "choice")
+  if name in WORLD or not is_set(name):
+    return name in FACTS or name not in WORLD
+  return sets.find(name.partition(":")[0])[0].kind in ("factoid", "choice")
 
 
 def is_set(name: str) -> bool:
   """Whether a name means a set of the world or of `sets.SETS`."""
-  return name in WORLD or _is_set(name.partition(":")[0])
+  head = name.partition(":")[0]
+  return name in WORLD or any(
+    n in sets.SETS for n in (head, head.removesuffix("B"))
+  )
 
 
 def twins() -> tuple[str, ...]:
@@ -99,14 +101,7 @@ def load_set(
       "names of other sets have no parts that we know"
     )
   options = dict(options or {})
-  head, colon, source = name.partition(":")
-  if pathlib.Path(name).exists() or not (colon or _is_set(head)):
-    head, source = "local", name
-    if not pathlib.Path(name).exists():
-      raise ValueError(
-        f"data set {name!r} is no file and no known set; known: "
-        f"{', '.join((*WORLD, *sets.SETS))}, or SET:SOURCE, or a path"
-      )
+  head, source = _resolve(name)
   if not source and head in ("kvr", "kvrB"):
     options = {"seed": seed, "count": 2 * size} | options
   loaded = sets.load(
@@ -119,14 +114,44 @@ def load_set(
   return dataclasses.replace(loaded, examples=placed)
 
 
+def check_set(name: str) -> None:
+  """Raise ValueError for a set or a file that does not exist; reads nothing."""
+  if name not in WORLD:
+    head, source = _resolve(name)
+    sets.find(head)
+    sources.check_source(source)
+
+
+def check_mix(name: str) -> None:
+  """Raise ValueError for a mix that does not exist; reads nothing."""
+  if name in (NO_MIX, RANDOM, "prose"):
+    return
+  head, _, source = name.partition(":")
+  mixes = [n for n, s in sets.SETS.items() if s.kind == "mix"]
+  if head not in mixes:
+    raise ValueError(
+      f"mix source {name!r} is unknown; allowed: {NO_MIX}, {RANDOM}, prose, "
+      f"or SET[:SOURCE] with SET one of {', '.join(mixes)}"
+    )
+  sources.check_source(source)
+
+
+def _resolve(name):
+  head, colon, source = name.partition(":")
+  if pathlib.Path(name).exists() or not (colon or is_set(name)):
+    head, source = "local", name
+    if not pathlib.Path(name).exists():
+      raise ValueError(
+        f"data set {name!r} is no file and no known set; known: "
+        f"{', '.join((*WORLD, *sets.SETS))}, or SET:SOURCE, or a path"
+      )
+  return head, source
+
+
 def is_choice(name: str) -> bool:
   """Whether a set's questions list options, of which a letter is answered."""
   head = name.partition(":")[0]
   return head in sets.SETS and sets.SETS[head].kind == "choice"
-
-
-def _is_set(name) -> bool:
-  return name in sets.SETS or name.removesuffix("B") in sets.SETS
 
 
 def _world(name, size, place, seed, groups) -> Sequence[Example]:
@@ -200,15 +225,9 @@ def load_mix(
       count, pool, seed=seed, length=length, style=style, exclude=exclude
     )
   if name == "prose":
-    rows = world_sets.prose_passages(count, seed=seed, length=length)
-    return list(rows)
+    return list(world_sets.prose_passages(count, seed=seed, length=length))
+  check_mix(name)
   head, _, source = name.partition(":")
-  if head not in sets.SETS or sets.SETS[head].kind != "mix":
-    mixes = [n for n, s in sets.SETS.items() if s.kind == "mix"]
-    raise ValueError(
-      f"mix source {name!r} is unknown; allowed: {NO_MIX}, {RANDOM}, prose, "
-      f"or SET[:SOURCE] with SET one of {', '.join(mixes)}"
-    )
   options = {} if head == "random-pretraining" else {"words": length}
   loaded = sets.load(head, source=source or None, on_error=on_error, **options)
   return loaded.examples[:count]

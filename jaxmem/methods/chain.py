@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxmem.data import stages
 from jaxmem.methods import baselines, remix
 from jaxmem.methods.bench import Bench
-from jaxmem.training import checkpoint, loop
+from jaxmem.training import checkpoint, loop, parallel
 from jaxmem.training.logging import Logger
 from jaxmem.training.step import TrainState
 
@@ -261,7 +262,8 @@ def save_weights(
   # own, and the first to be done gives it the name.
   own = os.getpid() if jax.process_count() == 1 else "all"
   partial, place = cache / f"{key}.{own}", cache / key
-  state = TrainState(jnp.int32(record["steps"]), weights, (), ())
+  step = _beside(weights, record["steps"])
+  state = TrainState(step, weights, (), ())
   checkpoint.save(partial, state, keep=1)
   if jax.process_index() != 0:
     return
@@ -272,12 +274,20 @@ def save_weights(
     shutil.rmtree(partial, ignore_errors=True)
 
 
+def _beside(weights, number):
+  """A number on the weights' devices: several processes save only such."""
+  place = jax.tree.leaves(weights)[0].sharding
+  if isinstance(place, NamedSharding):
+    place = NamedSharding(place.mesh, PartitionSpec())
+  return parallel.put(jnp.int32(number), place)
+
+
 def load_weights(cache: pathlib.Path, key: str, like: Any) -> Trained | None:
   """Read what `save_weights` kept, or None where nothing whole is there."""
   place = cache / key
   if not (place / CACHE_FILE).exists():
     return None
-  target = TrainState(jnp.zeros((), jnp.int32), like, (), ())
+  target = TrainState(_beside(like, 0), like, (), ())
   found = checkpoint.restore(place, target)
   if found is None:  # damaged: out of the way, it will be made again
     if jax.process_index() == 0:

@@ -13,6 +13,7 @@ from jaxmem.methods import baselines, chain, remix
 from jaxmem.methods.remix_setup import Base, Sets, set_names
 
 MATCHES = ("steps", "tokens")
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def plan(config: ConfigDict) -> tuple[chain.StagePlan, ...]:
@@ -25,13 +26,18 @@ def plan(config: ConfigDict) -> tuple[chain.StagePlan, ...]:
   train, method = config.train, config.method
   remix.check("train.stop", train.stop, remix.STOP_RULES)
   remix.check("train.param_dtype", train.param_dtype, remix.PARAM_DTYPES)
+  remix.check("train.compute_dtype", train.compute_dtype, COMPUTE_DTYPES)
+  remix.check("match.what", config.match.what, MATCHES)
   for name, allowed in (
     ("kl_inputs", baselines.KL_INPUTS),
     ("fisher_labels", baselines.FISHER_LABELS),
   ):
     remix.check(f"method.{name}", method[name], allowed)
+  for name in set_names(config).values():
+    stages.check_set(name)
   steps = _chain(config)
   for number, step in enumerate(steps, 1):
+    stages.check_mix(step.mix)
     where = f"method.name is {step.method} in stage {number}"
     if step.method in ("ewc", "l2", "kl") and not method.strength > 0:
       raise ValueError(
@@ -185,10 +191,6 @@ def matched_pace(
   match = config.match
   if not match.run:
     return None
-  if match.what not in MATCHES:
-    raise ValueError(
-      f"match.what is {match.what!r}; allowed: {', '.join(MATCHES)}"
-    )
   other_run = match.run.replace("{seed}", str(config.seed))
   path = workdir / other_run / "result.json"
   if not path.is_file():

@@ -20,6 +20,7 @@ import numpy as np
 from jaxmem.models import beam, decoder, decoding, reading, sampling
 from jaxmem.models.config import ModelConfig
 from jaxmem.models.decoding import Generated
+from jaxmem.models.fingerprint import to_host
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.models.reading import Readout
 
@@ -129,7 +130,7 @@ def _check(config, settings, ids, valid, rng, start, prefix, cache):
     )
   if config.family != "gpt2" or isinstance(valid, jax.core.Tracer):
     return
-  most = int(np.asarray(valid).sum(axis=1).max()) + settings.max_new_tokens
+  most = int(to_host(valid).sum(axis=1).max()) + settings.max_new_tokens
   if most > config.max_positions:
     raise ValueError(
       f"the longest prompt and max_new_tokens={settings.max_new_tokens} come "
@@ -334,7 +335,7 @@ def generate_text(
         config, frozen, ids, valid, settings,
         rng=rng, row_ids=row_ids, **context,
       )  # fmt: skip
-      out = jax.device_get(out)
+      out = jax.tree.map(to_host, out)
       for row, number in enumerate(numbers):
         texts[number] = _decode(tokenizer, out, row)
   return [text for several in texts for text in several]

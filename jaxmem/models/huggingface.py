@@ -8,6 +8,7 @@ from a checkpoint.
 
 import functools
 import gc
+import logging
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -338,6 +339,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
     ValueError: no tokenizer.json there.
   """
   # Importing transformers takes seconds, and weights do not need it.
+  logging.getLogger("transformers").addFilter(_not_about_torch)
   from transformers import PreTrainedTokenizerFast
 
   directory = _directory(path_or_hub_id)
@@ -346,6 +348,11 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
       f"{directory} has no tokenizer.json; save a fast tokenizer there"
     )
   return PreTrainedTokenizerFast.from_pretrained(directory)
+
+
+def _not_about_torch(record: logging.LogRecord) -> bool:
+  """Drop the notice that PyTorch is missing: nothing here needs it."""
+  return "PyTorch was not found" not in record.getMessage()
 
 
 def check_vocabulary(config: Config, tokenizer: Any) -> None:

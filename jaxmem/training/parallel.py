@@ -31,7 +31,8 @@ def make_mesh(
   """Arrange devices as (data, fsdp, tensor); one axis may be -1, the rest.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or the
+      devices leave a process out, which then could take no part.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -45,6 +46,13 @@ def make_mesh(
       f"mesh data x fsdp x tensor = {data} x {fsdp} x {tensor} does not use "
       f"the {len(devices)} devices: the sizes must multiply to that number "
       "(one of them may be -1)"
+    )
+  idle = set(range(jax.process_count())) - {d.process_index for d in devices}
+  if idle:
+    raise ValueError(
+      f"mesh {shape} has no device of process {sorted(idle)}, of "
+      f"{jax.process_count()}: give sizes for all {jax.device_count()} devices "
+      "(one of them may be -1), or start fewer processes"
     )
   return jax.make_mesh(
     shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices

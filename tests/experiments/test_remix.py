@@ -406,6 +406,32 @@ def test_a_run_as_long_as_another(model_dir, tmp_path):
     pace(second, data)
 
 
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"method.name": "ewcc"}, "method is 'ewcc'; allowed: naive, ewc"),
+    ({"method.kl_inputs": "all"}, "method.kl_inputs is 'all'; allowed: main"),
+    ({"method.fisher_labels": "x"}, "fisher_labels is 'x'; allowed: sampled"),
+    ({"mix.source": "none,randm"}, "mix source 'randm' is unknown; allowed"),
+    ({"mix.source": "none,passages:no.txt"}, "'no.txt': no such file"),
+    ({"data.b": "popqaa"}, "'popqaa' is no file and no known set; known"),
+    ({"data.b": "popqa:no.tsv"}, "'no.tsv': no such file"),
+    ({"data.b": "popqaa:no.tsv"}, "unknown data set 'popqaa'; known"),
+    ({"train.stop": "never"}, "train.stop is 'never'; allowed: em, fixed"),
+    ({"train.param_dtype": "int8"}, "param_dtype is 'int8'; allowed: float32"),
+    ({"train.compute_dtype": "f32"}, "compute_dtype is 'f32'; allowed: float3"),
+    ({"match.what": "seconds"}, "match.what is 'seconds'; allowed: steps"),
+  ],
+)
+def test_a_wrong_value_of_any_stage_stops_before_anything_is_loaded(
+  tmp_path, changes, message
+):
+  config = configs.apply(configs.load(CONFIG), changes | {"model": "nowhere"})
+  with pytest.raises(ValueError, match=message):
+    experiment.run(config, tmp_path, lambda step: False)
+  assert not list(tmp_path.iterdir())
+
+
 def test_every_value_of_the_config_is_read():
   files = [*pathlib.Path("jaxmem/methods").glob("remix_*.py")]
   files += [pathlib.Path("experiments/remix.py")]

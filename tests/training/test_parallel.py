@@ -233,6 +233,12 @@ def test_rules_reach_the_optimizer_and_say_what_does_not_fit(caplog):
   assert "axis of 66 is not divisible" in caplog.text
 
 
+def test_no_process_is_left_out(monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match=r"no device of process \[1\], of 2"):
+    parallel.make_mesh(8)
+
+
 def test_bad_arrangements_are_named():
   with pytest.raises(ValueError, match="3 x 1 x 2 does not use the 8 devices"):
     parallel.make_mesh(3, 1, 2)
