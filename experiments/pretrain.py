@@ -102,7 +102,6 @@ class Stage(NamedTuple):
 
   index: int = 0
   start: int = 0  # step at which the stage began
-  done: bool = False
 
 
 def _transformation(optim, settings, start):
@@ -197,10 +196,14 @@ def run_stage(config, model, state, place, mesh, *, workdir, stop):
   num_rows = sum(getattr(mix, kind) for kind in curriculum.MAKERS)
   tx = _transformation(config.optim, settings, place.start)
   compiled = compile_stage(config, model, mix, state, tx, mesh)
-  reached = []
+  reached: list[int] = []
+
+  def position():  # a stage that met its target is over, whatever comes next
+    after = Stage(place.index + 1, reached[-1]) if reached else place
+    return after._asdict()
+
   stream = loop.Stream(
-    lambda at: {"step": np.full(num_rows, at, np.int32)},
-    position=lambda: place._asdict(),
+    lambda at: {"step": np.full(num_rows, at, np.int32)}, position=position
   )
   total = place.start + settings.max_steps
   with Logger(
