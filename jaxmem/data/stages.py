@@ -34,25 +34,22 @@ WORLD = ("world", "world-known", "differences", "prose")
 FACTS = ("world", "world-known", "differences")  # short answers, to be asked
 RANDOM = "random"
 NO_MIX = "none"
-# People with disjoint name parts are rare in a part: so many facts are drawn
-# for each that is wanted, times the square of the number of name groups, or
-# all that the part has.
+# Facts drawn for each one wanted, times the square of the number of groups:
+# people with disjoint name parts are rare.
 _SPARE = 3
 
 
 def is_factoid(name: str) -> bool:
   """Whether a set's rows have short answers that are asked at evaluation."""
   if name in WORLD or not is_set(name):
-    return name in FACTS or name not in WORLD
+    return name not in WORLD or name in FACTS
   return sets.find(name.partition(":")[0])[0].kind in ("factoid", "choice")
 
 
 def is_set(name: str) -> bool:
   """Whether a name means a set of the world or of `sets.SETS`."""
-  head = name.partition(":")[0]
-  return name in WORLD or any(
-    n in sets.SETS for n in (head, head.removesuffix("B"))
-  )
+  head = name.partition(":")[0].removesuffix("B")
+  return name in WORLD or head in sets.SETS
 
 
 def twins() -> tuple[str, ...]:
@@ -93,8 +90,8 @@ def load_set(
   if size is None and name in (*WORLD, "kvr", "kvrB"):
     raise ValueError(f"data set {name!r} is generated: give its size")
   if name in WORLD:
-    examples = _world(name, size, place, seed, name_groups)
-    return sets.Loaded(list(examples), {"kept": len(examples)}, [])
+    found = list(_world(name, size, place, seed, name_groups))
+    return sets.Loaded(found, {"kept": len(found)}, [])
   if name_groups:
     raise ValueError(
       f"disjoint names are for the sets {WORLD[0]!r} only, not {name!r}: the "
@@ -159,8 +156,7 @@ def _world(name, size, place, seed, groups) -> Sequence[Example]:
     most = world_sets.PART_SIZE * world_sets.FACTS_PER_PERSON
     count = min(size * _SPARE * groups**2, most)
     pool = world_sets.facts(count, part=place, seed=seed)
-    chosen = [fact for fact in pool if _in_group(fact, place, groups)]
-    return chosen[:size]
+    return [fact for fact in pool if _in_group(fact, place, groups)][:size]
   if name == "world":
     return world_sets.facts(size, part=place, seed=seed)
   if name == "world-known":
@@ -176,12 +172,10 @@ def _in_group(fact, group, groups) -> bool:
   people = [fact.subject]
   if kinds[fact.relation] == "person":
     people.append(fact.answers[0])
-  for first, last in (person.split() for person in people):
-    if world_words.FIRST_NAMES.index(first) % groups != group % groups:
-      return False
-    if world_words.LAST_NAMES.index(last) % groups != group % groups:
-      return False
-  return True
+  names = (world_words.FIRST_NAMES, world_words.LAST_NAMES)
+  parts = [zip(names, person.split(), strict=True) for person in people]
+  places = [table.index(part) for pairs in parts for table, part in pairs]
+  return all(place % groups == group % groups for place in places)
 
 
 def kvr_words(count: int) -> tuple[str, ...]:

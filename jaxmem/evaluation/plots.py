@@ -72,8 +72,8 @@ def curves(
     panels: title -> label -> curve; a label has one colour everywhere.
     x_label: under every panel.
   """
-  figure, axes = _grid(len(panels), panel=(3.8, 2.9))
   labels = list(dict.fromkeys(label for p in panels.values() for label in p))
+  figure, axes = _grid(len(panels), panel=(3.8, 2.9), extra=_room(labels))
   handles = {}
   for axis, (title, lines) in zip(axes, panels.items(), strict=True):
     for label, curve in lines.items():
@@ -107,7 +107,7 @@ def scatter(
     x_label: name of x.
     y_label: name of y.
   """
-  figure, (axis,) = _grid(1, panel=(5.0, 3.8))
+  figure, (axis,) = _grid(1, panel=(5.0, 3.8), extra=_room(points))
   handles = {}
   for index, (label, (x, y)) in enumerate(points.items()):
     handles[label] = axis.errorbar(
@@ -138,6 +138,12 @@ def _grid(count, *, panel, extra=(0.0, 0.0)):
   for axis in axes[count:]:
     axis.set_visible(False)
   return figure, axes[:count]
+
+
+def _room(labels):
+  """Inches that a legend of these labels takes, beside and below."""
+  longest = max(map(len, labels), default=0)
+  return (0.5 + 0.07 * longest, max(0.0, 0.19 * len(labels) - 2.5))
 
 
 def _legend(figure, handles):
