@@ -103,10 +103,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   add = parser.add_argument
   add("roots", nargs="+", type=pathlib.Path, help="workdirs, or above them")
   add("--to", default="", help="settings of the reference row, KEY=VALUE,..")
+  add("--ignore", default="", help="settings that do not make rows, by commas")
   flags = parser.parse_args(argv)
   try:
     runs = find_runs(flags.roots)
-    rows = group(runs, label_keys(runs))
+    rows = group(runs, label_keys(runs, flags.ignore.split(",")))
     reference = find_reference(rows, flags.to)
     lines = [compare(row, reference) for row in rows if row is not reference]
   except ValueError as error:

@@ -129,8 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  ignore = [key for key in flags.ignore.split(",") if key]
-  rows = group(runs, label_keys(runs, ignore))
+  rows = group(runs, label_keys(runs, flags.ignore.split(",")))
   paths = draw(rows, flags.output or flags.roots[0] / "report")
   if not paths:
     print("error: no run is done yet", file=sys.stderr)
