@@ -183,6 +183,7 @@ def _shrink(config) -> None:
   config.mix.pool = 256
   config.train.batch_size = 16
   config.train.epochs = 30
+  config.eval.analysis = False
 
 
 def _enlarge(config) -> None:

@@ -20,7 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxmem.models import checkpoint_names, encoder_decoder_config, tensor_files
+from jaxmem.models import (
+  EMBEDDED,
+  checkpoint_names,
+  encoder_decoder_config,
+  tensor_files,
+)
 from jaxmem.models import config as decoder_config
 from jaxmem.models.checkpoint_names import Config, Leaf
 from jaxmem.models.fingerprint import to_host
@@ -56,7 +61,8 @@ def _directory(path_or_hub_id: str | Path, weights: bool = False) -> Path:
     found = huggingface_hub.snapshot_download(name, allow_patterns=patterns)
   except (OSError, ValueError) as error:
     raise ValueError(
-      f"{name!r} is no local directory, and the hub did not give it "
+      f"{name!r} is no embedded model ({', '.join(EMBEDDED)}), no local "
+      "directory, and the hub did not give it "
       f"({type(error).__name__}: {error}). Offline, give the path of a "
       "directory with config.json and model.safetensors"
     ) from error
