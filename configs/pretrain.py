@@ -81,7 +81,13 @@ def _stages() -> ConfigDict:
       "all": _stage(
         copying=1, lookup=6, reading=26, known=22, tasks=6, prose=3, size=192,
         questions=5, scaffold=0.2, scaffold_documents=0.3, register=0.1,
-        filler=0.25, fewer=0.3, max_steps=1000, end_ratio=0.05,
+        filler=0.25, fewer=0.3, max_steps=700, end_ratio=0.05,
+      ),
+      # Whose value is it? Mostly questions on people with a name in common.
+      "focus": _stage(
+        copying=1, lookup=8, reading=44, known=6, tasks=3, prose=2, size=208,
+        questions=6, scaffold=0.1, scaffold_documents=0.2, filler=0.15,
+        fewer=0.2, max_steps=600, end_ratio=0.05,
       ),
     }
   )  # fmt: skip
@@ -122,10 +128,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.order = ("copy", "bind", "bind_hard", "read", "all")
   config.stages = _stages()
   if name == "tiny":
-    config.order = ("all",)
+    config.order = ("all", "focus")
+    config.stages["all"].update({"max_steps": 600, "end_ratio": 0.43})
   if name == "nano":
     config.stages["read"].update({"max_steps": 400, "fewer": 0.0})
-    config.stages["all"].update({"max_steps": 700, "fewer": 0.0})
+    config.stages["all"].fewer = 0.0
   if name == "smoke":
     for stage in config.stages.values():
       stage.update(SMOKE_ROWS | {"max_steps": 2})
