@@ -241,8 +241,14 @@ def _pad_id(config, settings):
 
 
 def bucket_length(tokens: int) -> int:
-  """Return the length a prompt is padded to: a power of two, 16 or more."""
-  return max(SHORTEST, 1 << (tokens - 1).bit_length())
+  """Return the length a prompt is padded to: 16, 24, 32, 48, 64, 96, ..
+
+  Powers of two and their halves more: reading padding costs as much as reading
+  the prompt, and this way at most a third of a bucket is padding.
+  """
+  power = max(SHORTEST, 1 << (tokens - 1).bit_length())
+  between = 3 * power // 4
+  return between if SHORTEST < between and tokens <= between else power
 
 
 def pad_prompts(

@@ -282,6 +282,14 @@ class _Letters:
     return "".join(chr(i - 2 + 97) for i in ids if i >= 2)
 
 
+def test_bucket_lengths():
+  lengths = {generate.bucket_length(tokens) for tokens in range(1, 130)}
+  assert lengths == {16, 24, 32, 48, 64, 96, 128, 192}
+  for tokens in range(1, 130):
+    bucket = generate.bucket_length(tokens)
+    assert tokens <= bucket < max(1.5 * tokens, 17)
+
+
 def test_text_in_buckets_with_one_program_each():
   frozen, traces = tiny.params(SHALLOW), []
 
@@ -303,7 +311,7 @@ def test_text_in_buckets_with_one_program_each():
   prompts = ["ab" * 9, "cat", "dog", "abcdefghij" * 2, "eel", "b"]
   found = texts(prompts)
   number = len(traces)
-  assert {shape[:2] for shape in traces} == {(2, 16), (2, 32), (2, 1)}
+  assert {shape[:2] for shape in traces} == {(2, 16), (2, 24), (2, 1)}
   assert texts(["fish" * 5, *prompts[::-1]])[1:] == found[::-1]
   assert len(traces) == number
   encoded = [_Letters()(prompt)["input_ids"] for prompt in prompts]
