@@ -203,7 +203,7 @@ def _compiled(
 def _chooser(settings, rng, row_ids):
   """Make the function that chooses a row's next token from its scores."""
   if settings.method == "greedy":
-    return lambda scores, step: scores.argmax(axis=1)
+    return lambda scores, step: sampling.highest(scores)
   keys = sampling.row_keys(rng, row_ids, settings.num_return)
 
   def choose(scores, step):

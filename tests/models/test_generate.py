@@ -411,6 +411,12 @@ def test_ties_with_the_last_token_kept_are_kept():
     assert kept.tolist() == [[True, True, True, False]]
 
 
+def test_highest_is_argmax():
+  scores = np.array([[1, 3, 3, 2], [-1, -2, -1, -np.inf], [0, 0, 0, 5.0]])
+  found = sampling.highest(jnp.asarray(scores, jnp.float32))
+  assert found.tolist() == scores.argmax(axis=1).tolist() == [1, 0, 3]
+
+
 def test_draws_follow_the_probabilities():
   keys = sampling.row_keys(jax.random.key(0), jnp.arange(2000), 2)
   scores = jnp.log(jnp.array([0.5, 0.2, 0.0, 0.3]))
