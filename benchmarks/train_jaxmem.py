@@ -15,6 +15,7 @@ from jaxmem.training import parallel
 from jaxmem.training.step import LossAux, make_train_step
 
 RATE = 5e-5  # REMIX's
+CHUNK = 512  # label positions of a row at once: all, as in the peer's step
 
 
 def load_batches(path: str) -> list[tuple[PackedBatch, ...]]:
@@ -93,7 +94,10 @@ class TrainJaxmem:
     self._device = device
     config, params = huggingface.load(spec["model"], dtype=jnp.float32)
     model = remix.Model(
-      config, dtype=jnp.dtype(spec["dtype"]), remat=spec["remat"]
+      config,
+      dtype=jnp.dtype(spec["dtype"]),
+      remat=spec["remat"],
+      chunk=CHUNK,
     )
     tx = remix.make_optimizer(schedule="constant")
     self._batches = load_batches(spec["batches"])

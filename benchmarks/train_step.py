@@ -58,6 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
   add("--remat", action="store_true", help="compute layers again in backward")
   add("--microbatches", type=int, default=0, help="of packed; 0: rows")
+  add("--padded-microbatches", type=int, default=1, help="of padded; 0: rows")
   add("--threads", type=int, default=0, help="cores of each; 0: all")
   add("--layouts", default=",".join(mixes.LAYOUTS), help="of jaxmem")
   add("--torch-python", help="a Python with torch and transformers")
@@ -124,6 +125,11 @@ def entries(args: argparse.Namespace, folder: str) -> list[Entry]:
     "remat": args.remat,
     "threads": args.threads,
   }
+  pieces = {
+    "packed": args.microbatches,
+    "padded": args.padded_microbatches,
+    "buckets": 1,
+  }
   found = [
     Entry(
       f"jaxmem {layout}",
@@ -131,7 +137,7 @@ def entries(args: argparse.Namespace, folder: str) -> list[Entry]:
       spec
       | {
         "batches": f"{folder}/{layout}.npz",
-        "microbatches": args.microbatches if layout == "packed" else 1,
+        "microbatches": pieces[layout],
       },
     )
     for layout in args.layouts
