@@ -5,8 +5,9 @@
 Contestants: jaxmem, and, where torch and transformers are installed, Hugging
 Face `generate` with the same weights, prompts and number of new tokens; neither
 has an end token. They take turns, one whole generation each. Prompts have the
-lengths of NQ-open questions in REMIX's format and are padded on the left:
-jaxmem's to its bucket, the other's to the longest.
+lengths of NQ-open questions in REMIX's format and are padded on the left to the
+longest, jaxmem's rounded up to a multiple of 8 (`generate_text`, which serves
+any number of prompts, pads to its bucket instead).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from jaxmem.models import decoder, generate, huggingface
 
 OURS, THEIRS = "jaxmem", "HF generate"
 RATIOS = (Ratio(OURS, THEIRS, 2.0),)
+WIDTH = 8  # prompts are as wide as a multiple of it
 # Random weights nearly tie at times, and rounding then decides the token.
 LEAST_AGREEMENT = 0.9  # share of rows that are equal, in float32
 
@@ -65,14 +67,14 @@ def prepare(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     row.ids[~row.target].tolist() for row in mix.rows[: args.batch_size]
   ]
   lengths = [len(prompt) for prompt in prompts]
-  bucket = generate.bucket_length(max(lengths))
-  ids, valid = generate.pad_prompts(prompts, bucket)
+  width = -(-max(lengths) // WIDTH) * WIDTH
+  ids, valid = generate.pad_prompts(prompts, width)
   np.savez(f"{folder}/prompts.npz", ids=ids, valid=valid)
   return {
     "prompts": len(prompts),
     "mean_tokens": float(np.mean(lengths)),
     "longest_tokens": max(lengths),
-    "bucket": bucket,
+    "padded_to": width,
   }
 
 

@@ -39,7 +39,7 @@ class GenerateHf:
     with np.load(spec["prompts"]) as file:
       ids, valid = file["ids"], file["valid"]
     first = int(np.flatnonzero(valid.any(axis=0))[0])
-    # Only to the longest prompt: the rest of jaxmem's bucket is no work here.
+    # Only to the longest prompt: what rounds jaxmem's width up is no work here.
     self._ids = ids[:, first:].astype(np.int64)
     self._valid = valid[:, first:].astype(np.int64)
 

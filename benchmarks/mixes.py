@@ -1,4 +1,4 @@
-"""The rows that are trained on: factoids, and two 100-word rows for each.
+"""The rows that are trained on: factoids, and 100-word rows for each of them.
 
 What a step costs depends on how long the rows are, not on what they say. So a
 mix is a table of lengths, measured once on text under a subword vocabulary of
@@ -30,7 +30,7 @@ PASSAGES = {
   "random": (266, 282, 289, 298, 305, 312, 321, 329, 337, 340),
 }
 PASSAGE_SHARE = 0.45
-RATIO = 2  # 100-word rows for each factoid; REMIX's headline
+RATIO = 2  # 100-word rows for each factoid; REMIX's headline, of 1, 2 and 4
 BUCKET = 64  # tokens between the bounds of length buckets
 FIRST_ID = 3  # ids below are BOS, EOS and padding
 LAYOUTS = ("packed", "padded", "buckets")
@@ -59,6 +59,7 @@ def make_mix(
   name: str,
   *,
   vocab_size: int,
+  ratio: int = RATIO,
   num_facts: int = 2000,
   batch_size: int = 32,
   epochs: int = 20,
@@ -70,7 +71,8 @@ def make_mix(
   Args:
     name: key of PASSAGES.
     vocab_size: ids are drawn below it.
-    num_facts: factoids; there are RATIO times as many passages.
+    ratio: passages for each factoid.
+    num_facts: factoids.
     batch_size: rows of an optimiser step.
     epochs: the shapes are planned for all batches of so many.
     composition: see `Order`.
@@ -92,8 +94,8 @@ def make_mix(
     ]
 
   facts = rows(FACTOIDS, FACTOID_SHARE, num_facts)
-  passages = rows(PASSAGES[name], PASSAGE_SHARE, RATIO * num_facts)
-  stage = mixing.make_stage(facts, mix=passages, ratio=RATIO)
+  passages = rows(PASSAGES[name], PASSAGE_SHARE, ratio * num_facts)
+  stage = mixing.make_stage(facts, mix=passages, ratio=ratio)
   order = Order(stage.draws, batch_size, composition=composition)
   return Mix(stage.rows, stage.sources, order, epochs)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.data import packing
 from jaxmem.data.packing import PackedBatch
 from jaxmem.methods import remix
 from jaxmem.models import decoder, huggingface
@@ -14,6 +15,7 @@ from jaxmem.training import parallel
 from jaxmem.training.step import LossAux, make_train_step
 
 RATE = 5e-5  # REMIX's
+CHUNK = 512  # label positions of a row at once: all, as in the peer's step
 
 
 def load_batches(path: str) -> list[tuple[PackedBatch, ...]]:
@@ -43,8 +45,13 @@ def save_batches(path: str, batches: list[tuple[PackedBatch, ...]]) -> None:
   )
 
 
-def make_step(model: remix.Model, tx: Any):
-  """REMIX's train step over a tuple of parts, whose losses add up."""
+def make_step(model: remix.Model, tx: Any, microbatches: int = 1):
+  """REMIX's train step over a tuple of parts, whose losses add up.
+
+  Args:
+    microbatches: pieces that the rows of a single part are cut into; empty
+      ones are left out.
+  """
   loss_fn = remix.make_loss(model)
 
   def loss_of_parts(params, memory, frozen, parts, *, rng, gather):
@@ -58,7 +65,11 @@ def make_step(model: remix.Model, tx: Any):
     return loss, LossAux(memory, count, metrics)
 
   return make_train_step(
-    loss_of_parts, tx, post_update=remix.make_post_update()
+    loss_of_parts,
+    tx,
+    microbatches=microbatches,
+    is_empty=lambda parts: packing.is_empty(parts[0]),
+    post_update=remix.make_post_update(),
   )
 
 
@@ -73,7 +84,8 @@ class TrainJaxmem:
   """Steps over the batches of one layout.
 
   Args:
-    spec: model (directory), batches (file), dtype, remat.
+    spec: model (directory), batches (file), dtype, remat, microbatches (0: of
+      one row each).
   """
 
   def __init__(self, spec: dict[str, Any]):
@@ -82,12 +94,16 @@ class TrainJaxmem:
     self._device = device
     config, params = huggingface.load(spec["model"], dtype=jnp.float32)
     model = remix.Model(
-      config, dtype=jnp.dtype(spec["dtype"]), remat=spec["remat"]
+      config,
+      dtype=jnp.dtype(spec["dtype"]),
+      remat=spec["remat"],
+      chunk=CHUNK,
     )
     tx = remix.make_optimizer(schedule="constant")
     self._batches = load_batches(spec["batches"])
     self._state = start_state(params, tx)
-    step = make_step(model, tx)
+    rows = len(self._batches[0][0].ids)
+    step = make_step(model, tx, spec["microbatches"] or rows)
     self._rng = jax.random.key(0)
     if len(self._batches[0]) > 1:
       # `compile_step` wants one number of rows; parts have several.

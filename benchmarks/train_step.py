@@ -4,12 +4,14 @@
     python -m benchmarks.train_step --model-shape=1b --dtype=bfloat16 \\
         --remat --utilisation=1024,4096
 
-Contestants: jaxmem packed, padded to the run's longest row, and in length
-buckets; and, where torch and transformers are installed, a plain PyTorch step
-on the same padded arrays, and on the same rows cut to each batch's longest. All
-start from the same weights and see the same rows; they take turns step by step.
-Rates count real tokens, padding left out. With --utilisation only jaxmem runs,
-on rows without padding, and the share of the device's peak is what comes out.
+Contestants: jaxmem packed (row by row of the arrays, those left empty by this
+batch skipped), padded to the run's longest row as REMIX's release does, and in
+length buckets; and, where torch and transformers are installed, a plain PyTorch
+step on the same padded arrays, and on the same rows cut to each batch's
+longest. All start from the same weights and see the same rows; they take turns
+step by step. Rates count real tokens, padding left out. With --utilisation only
+jaxmem runs, on rows without padding, and the share of the device's peak is what
+comes out.
 """
 
 import argparse
@@ -48,12 +50,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add = parser.add_argument
   add("--model-shape", default="small", choices=sorted(shapes.SHAPES))
   add("--mix", default="prose", choices=sorted(mixes.PASSAGES))
+  add("--ratio", type=int, default=mixes.RATIO, help="of rows to factoids")
   add("--composition", default="union", choices=("union", "stratified"))
   add("--batch-size", type=int, default=32, help="rows of an optimiser step")
   add("--repetitions", type=int, default=20, help="measured steps of each")
   add("--warmup", type=int, default=2, help="steps before them")
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
   add("--remat", action="store_true", help="compute layers again in backward")
+  add("--microbatches", type=int, default=0, help="of packed; 0: rows")
+  add("--padded-microbatches", type=int, default=1, help="of padded; 0: rows")
   add("--threads", type=int, default=0, help="cores of each; 0: all")
   add("--layouts", default=",".join(mixes.LAYOUTS), help="of jaxmem")
   add("--torch-python", help="a Python with torch and transformers")
@@ -64,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--in-process", action="store_true", help="all in one process")
   add("--json", help="file to write all figures to")
   args = parser.parse_args(argv)
-  for name in ("repetitions", "warmup", "batch_size", "tokens"):
+  for name in ("repetitions", "warmup", "batch_size", "tokens", "ratio"):
     if getattr(args, name) < 1:
       parser.error(f"--{name.replace('_', '-')} must be at least 1")
   args.layouts = args.layouts.split(",")
@@ -82,6 +87,7 @@ def prepare(args: argparse.Namespace, folder: str) -> dict[str, Any]:
   mix = mixes.make_mix(
     args.mix,
     vocab_size=config.vocab_size,
+    ratio=args.ratio,
     batch_size=args.batch_size,
     composition=args.composition,
     **({"num_facts": SMOKE_FACTS, "scale": SMOKE_SCALE} if smoke else {}),
@@ -119,11 +125,20 @@ def entries(args: argparse.Namespace, folder: str) -> list[Entry]:
     "remat": args.remat,
     "threads": args.threads,
   }
+  pieces = {
+    "packed": args.microbatches,
+    "padded": args.padded_microbatches,
+    "buckets": 1,
+  }
   found = [
     Entry(
       f"jaxmem {layout}",
       "train-jaxmem",
-      spec | {"batches": f"{folder}/{layout}.npz"},
+      spec
+      | {
+        "batches": f"{folder}/{layout}.npz",
+        "microbatches": pieces[layout],
+      },
     )
     for layout in args.layouts
   ]
@@ -144,7 +159,8 @@ def compare_layouts(args: argparse.Namespace) -> dict[str, Any]:
     about = prepare(args, folder)
     sizes = {k: v["array_tokens"] for k, v in about["layouts"].items()}
     print(
-      f"mix {args.mix}: rows of {about['mean_tokens']:.0f} tokens on average, "
+      f"mix {args.mix}, ratio {args.ratio}: rows of "
+      f"{about['mean_tokens']:.0f} tokens on average, "
       f"{about['longest_tokens']} at most "
       f"({about['longest_over_mean']:.2f}x); arrays of a step hold {sizes}"
     )

@@ -80,7 +80,7 @@ def _train() -> ConfigDict:
       "layout": "packed",  # or "padded"
       "composition": "union",  # release; or "stratified"
       "source_weights": (1.0, 1.0, 1.0),  # of main, mixed, replayed labels
-      "microbatches": 1,
+      "microbatches": 1,  # as many as packed rows: empty ones cost nothing
       "steps_per_call": 16,
       "save_steps": 200,
       "log_steps": 0,  # 0: once an epoch

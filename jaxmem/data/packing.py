@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -311,6 +312,15 @@ def empty(shape: PackShape) -> PackedBatch:
   slot = np.full((rows, labels), NONE, np.int32)
   example = [np.full((rows, slots), NONE, np.int32) for _ in range(2)]
   return PackedBatch(*tokens, index, values, slot, *example)
+
+
+def is_empty(batch: PackedBatch) -> jax.Array:
+  """Whether a batch holds no token, [] bool: nothing in it is learned.
+
+  For `make_train_step`: how many rows of the arrays a batch fills varies, and
+  as microbatches of few rows those behind the last one cost nothing.
+  """
+  return (jnp.asarray(batch.segments) == 0).all()
 
 
 def fill(

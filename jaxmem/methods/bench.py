@@ -153,6 +153,7 @@ class Bench:
         loss_fn,
         self.tx,
         microbatches=self.training.microbatches,
+        is_empty=packing.is_empty,
         post_update=remix.make_post_update(self.training.param_dtype),
       )
       self._programs[key] = parallel.compile_step(

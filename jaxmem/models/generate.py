@@ -204,7 +204,7 @@ def _compiled(
 def _chooser(settings, rng, row_ids):
   """Make the function that chooses a row's next token from its scores."""
   if settings.method == "greedy":
-    return lambda scores, step: scores.argmax(axis=1)
+    return lambda scores, step: sampling.highest(scores)
   keys = sampling.row_keys(rng, row_ids, settings.num_return)
 
   def choose(scores, step):
@@ -242,8 +242,14 @@ def _pad_id(config, settings):
 
 
 def bucket_length(tokens: int) -> int:
-  """Return the length a prompt is padded to: a power of two, 16 or more."""
-  return max(SHORTEST, 1 << (tokens - 1).bit_length())
+  """Return the length a prompt is padded to: 16, 24, 32, 48, 64, 96, ..
+
+  Powers of two and their halves more: reading padding costs as much as reading
+  the prompt, and this way at most a third of a bucket is padding.
+  """
+  power = max(SHORTEST, 1 << (tokens - 1).bit_length())
+  between = 3 * power // 4
+  return between if SHORTEST < between and tokens <= between else power
 
 
 def pad_prompts(

@@ -55,6 +55,7 @@ class Model(NamedTuple):
   state: Any = None  # of readout, leads with B * W
   position: jax.Array | None = None  # [B * W * C] int32, of the first new token
   layers: Any = None  # per layer what `decoder.block` takes; None: stacked
+  rows: Any = None  # with `layers`: `decoder.Layout` of every new token
 
   @property
   def branches(self) -> int:
@@ -78,7 +79,7 @@ class Model(NamedTuple):
     tokens = jnp.repeat(tokens, self.branches)[:, None]
     positions = (self.position + step)[:, None]
     if self.layers is not None:
-      hidden, cache = self._read_unrolled(tokens, positions, cache)
+      hidden, cache = self._read_unrolled(tokens, positions, step, cache)
       return self.scores(hidden), cache
     out = decoder.apply(
       self.config,
@@ -90,12 +91,12 @@ class Model(NamedTuple):
     )
     return self.scores(out.hidden[:, 0]), out.cache
 
-  def _read_unrolled(self, tokens, positions, caches):
+  def _read_unrolled(self, tokens, positions, step, caches):
     config, kept = self.config, self.kept
     x = decoder.embed(
       config, self.frozen, tokens, positions, dtype=kept["dtype"]
     )
-    rows, new = decoder.layout(config, positions), []
+    rows, new = jax.tree.map(lambda leaf: leaf[step], self.rows), []
     for index, layer in enumerate(self.layers):
       out = decoder.block(
         config,
@@ -166,10 +167,25 @@ def prefill(
   scores = jnp.repeat(model.scores(hidden), copies, axis=0)
   model = _copied(model, (*past, out.cache), b, copies)
   # The last token is never read.
-  cache = _empty(model, b * c * copies, max(1, max_new_tokens - 1))
+  slots = max(1, max_new_tokens - 1)
+  cache = _empty(model, b * c * copies, slots)
   if model.layers is not None:
+    model = model._replace(rows=_rows_ahead(model, slots))
     cache = [_layer(cache, index) for index in range(len(model.layers))]
   return model, scores, cache
+
+
+def _rows_ahead(model, number):
+  """What `decoder.block` needs of each of the next tokens, before the loop.
+
+  In the loop XLA would fuse the angles into every layer's products with them,
+  and work them out anew for each layer and head.
+  """
+
+  def ahead(step):
+    return decoder.layout(model.config, (model.position + step)[:, None])
+
+  return jax.vmap(ahead)(jnp.arange(number, dtype=jnp.int32))
 
 
 def _layer(cache, index):

@@ -117,7 +117,9 @@ def split_rows(batch: Any, microbatches: int) -> Any:
   return jax.tree.map(split, batch)
 
 
-def _accumulate(grad_fn, params, memory, frozen, batch, rng, microbatches):
+def _accumulate(
+  grad_fn, params, memory, frozen, batch, rng, microbatches, is_empty
+):
   """Add loss, counts and gradients over microbatches; memory passes through."""
 
   def one(memory, rows, rng):
@@ -134,10 +136,18 @@ def _accumulate(grad_fn, params, memory, frozen, batch, rng, microbatches):
   )[1]
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-  def body(carry, inputs):
+  def add(carry, rows, rng):
     memory, total = carry
-    memory, out = one(memory, *inputs)
-    return (memory, jax.tree.map(jnp.add, total, out)), None
+    memory, out = one(memory, rows, rng)
+    return memory, jax.tree.map(jnp.add, total, out)
+
+  def body(carry, inputs):
+    if is_empty is None:
+      return add(carry, *inputs), None
+    carry = jax.lax.cond(
+      is_empty(inputs[0]), lambda carry, *_: carry, add, carry, *inputs
+    )
+    return carry, None
 
   (memory, total), _ = jax.lax.scan(body, (memory, zeros), (rows, rngs))
   return memory, total
@@ -168,6 +178,7 @@ def make_train_step(
   *,
   axis_name: str | None = None,
   microbatches: int = 1,
+  is_empty: Callable[[Any], jax.Array] | None = None,
   post_update: PostUpdate | None = None,
 ) -> StepFn:
   """Make `step(state, frozen, batch, rng) -> (state, metrics)`.
@@ -186,6 +197,8 @@ def make_train_step(
     axis_name: the mapped axis of a per-device program (pmap); None under jit.
     microbatches: pieces the batch is cut into, one after another in a scan;
       the memory passes from each to the next.
+    is_empty: rows of a microbatch -> [] bool, True where they count nothing
+      and leave the memory alone; such a microbatch is not run. None runs all.
     post_update: moves state that has no gradient, after the optimiser, with
       the totals of the global batch and its own key.
 
@@ -203,12 +216,19 @@ def make_train_step(
     has_aux=True,
   )
 
+  skipped = is_empty
+  if is_empty is not None and axis_name is not None:  # devices stay in step
+
+    def skipped(rows):
+      return jax.lax.pmin(is_empty(rows).astype(jnp.int32), axis_name) > 0
+
   def train_step(state, frozen, batch, rng):
     rng = jax.random.fold_in(rng, state.step)
     rng_loss, rng_update = jax.random.split(rng)
     memory, total = _accumulate(
-      grad_fn, state.params, state.memory, frozen, batch, rng_loss, microbatches
-    )
+      grad_fn, state.params, state.memory, frozen, batch, rng_loss,
+      microbatches, skipped,
+    )  # fmt: skip
     if axis_name is not None:
       total = jax.lax.psum(total, axis_name)
     loss_sum, count, sums_counts, sums, grads = total

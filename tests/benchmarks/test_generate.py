@@ -17,7 +17,7 @@ def test_one_repetition_at_smoke_size(tmp_path):
   assert json.loads(path.read_text()) == result
   (arm,) = result["contestants"].values()
   assert arm["tokens_per_sec"]["median"] > 0
-  assert result["data"]["longest_tokens"] <= result["data"]["bucket"] == 64
+  assert result["data"]["longest_tokens"] <= result["data"]["padded_to"] == 40
   assert result["same_answers"] is None and result["ratios"] == []
 
 

@@ -148,6 +148,26 @@ def test_empty_batch():
   for leaf, empty in zip(batch, packing.empty(shape), strict=True):
     np.testing.assert_array_equal(leaf, empty)
   assert (batch.label_slot == NONE).all() and (batch.example_id == NONE).all()
+  assert packing.is_empty(batch)
+  rows = make_rows(1)
+  assert not packing.is_empty(
+    packing.pack(rows, [0], [0], plan_of(rows, [[0]]))
+  )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_behind_the_last_filled_one_are_all_that_is_spare(seed):
+  """At most one row is less than half full, and full ones come first."""
+  rows = make_rows(64, seed, longest=60)
+  order = np.random.default_rng(seed).permutation(64).reshape(4, 16)
+  shape = plan_of(rows, order)
+  for numbers in order:
+    taken = [rows[i] for i in numbers]
+    batch = packing.pack(taken, numbers.tolist(), [0] * 16, shape)
+    filled = (batch.segments > 0).sum(axis=1)
+    used = np.count_nonzero(filled)
+    assert not filled[used:].any()
+    assert np.count_nonzero(2 * filled[:used] <= shape.length) <= 1
 
 
 def test_compat_pad_loss():

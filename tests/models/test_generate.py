@@ -282,6 +282,14 @@ class _Letters:
     return "".join(chr(i - 2 + 97) for i in ids if i >= 2)
 
 
+def test_bucket_lengths():
+  lengths = {generate.bucket_length(tokens) for tokens in range(1, 130)}
+  assert lengths == {16, 24, 32, 48, 64, 96, 128, 192}
+  for tokens in range(1, 130):
+    bucket = generate.bucket_length(tokens)
+    assert tokens <= bucket < max(1.5 * tokens, 17)
+
+
 def test_text_in_buckets_with_one_program_each():
   frozen, traces = tiny.params(SHALLOW), []
 
@@ -303,7 +311,7 @@ def test_text_in_buckets_with_one_program_each():
   prompts = ["ab" * 9, "cat", "dog", "abcdefghij" * 2, "eel", "b"]
   found = texts(prompts)
   number = len(traces)
-  assert {shape[:2] for shape in traces} == {(2, 16), (2, 32), (2, 1)}
+  assert {shape[:2] for shape in traces} == {(2, 16), (2, 24), (2, 1)}
   assert texts(["fish" * 5, *prompts[::-1]])[1:] == found[::-1]
   assert len(traces) == number
   encoded = [_Letters()(prompt)["input_ids"] for prompt in prompts]
@@ -401,6 +409,12 @@ def test_ties_with_the_last_token_kept_are_kept():
   for options in ((1.0, 2, 1.0), (1.0, 0, 0.6)):
     kept = np.isfinite(sampling.filter_scores(scores, *options))
     assert kept.tolist() == [[True, True, True, False]]
+
+
+def test_highest_is_argmax():
+  scores = np.array([[1, 3, 3, 2], [-1, -2, -1, -np.inf], [0, 0, 0, 5.0]])
+  found = sampling.highest(jnp.asarray(scores, jnp.float32))
+  assert found.tolist() == scores.argmax(axis=1).tolist() == [1, 0, 3]
 
 
 def test_draws_follow_the_probabilities():

@@ -144,6 +144,40 @@ def test_loss_falls_and_bfloat16_compute_keeps_float32_masters():
   ), "masters hold more than bfloat16 can"
 
 
+def test_empty_microbatches_are_not_run():
+  batch = toy.batch_at(0, rows=4, length=6)
+  valid = np.zeros((4, 6), bool)
+  valid[0, 2] = valid[2, 1:5] = True
+  batch = batch._replace(valid=valid)
+  skipped = []
+
+  def loss_fn(params, memory, frozen, batch, **kwargs):
+    """A microbatch without a target would spoil the loss and the memory."""
+    loss, aux = toy.loss_fn(params, (), frozen, batch, **kwargs)
+    spoil = jnp.where(batch.valid.any(), 0.0, jnp.nan)
+    return loss + spoil, aux._replace(memory=memory + 1)
+
+  def is_empty(batch):
+    skipped.append(batch.valid.shape)
+    return ~batch.valid.any()
+
+  def end(microbatches, **options):
+    made = step.make_train_step(
+      loss_fn, SGD, microbatches=microbatches, **options
+    )
+    start = step.init_state(toy.params(), SGD, jnp.zeros(()))
+    return run(made, start, [batch])
+
+  whole, whole_metrics = end(1)
+  parts, parts_metrics = end(4, is_empty=is_empty)
+  assert skipped[0] == (1, 6)
+  assert (float(whole.memory), float(parts.memory)) == (1, 2)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7),
+    (whole.params, whole_metrics), (parts.params, parts_metrics),
+  )  # fmt: skip
+
+
 def test_bad_input_is_named():
   with pytest.raises(ValueError, match="microbatches must be at least 1"):
     step.make_train_step(toy.loss_fn, SGD, microbatches=0)
