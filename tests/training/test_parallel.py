@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxmem.models import decoder
 from jaxmem.models.config import ModelConfig
 from jaxmem.training import loss, optimizer, parallel, step
+from tests.training import toy
 
 # No size of the model is a multiple of the batch, so that a moved batch shows.
 ROWS, LENGTH, LABELS = 24, 5, 4
@@ -174,6 +175,44 @@ _COLLECTIVE = re.compile(
   r"= (?P<shape>.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|"
   r"collective-permute|collective-broadcast)(-start)?\((?P<args>.*)"
 )
+
+
+@pytest.mark.parametrize("name", ["8x1x1", "2x2x2", "pmap-8"])
+def test_empty_microbatches_are_skipped_on_every_arrangement(name):
+  batch = toy.batch_at(0, rows=16)
+  second = np.arange(16) % 2 == 1  # the second microbatch's rows
+  # The first device's rows alone count something in it, or none do.
+  for kept in (second & (np.arange(16) > 1), second):
+    batch = batch._replace(valid=batch.valid & ~kept[:, None])
+    whole = take_step("1x1x1", batch, microbatches=1)
+    parts = take_step(
+      name, batch, microbatches=2, is_empty=lambda rows: ~rows.valid.any()
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+      parts, whole,
+    )  # fmt: skip
+
+
+def take_step(name, batch, **options):
+  """Metrics of a step of the toy; the norm of the gradients is one."""
+  sgd, pmap = optax.sgd(0.1), name == "pmap-8"
+  start = step.init_state(toy.params(), sgd)
+  made = step.make_train_step(
+    toy.loss_fn, sgd, axis_name=parallel.PMAP_AXIS if pmap else None, **options
+  )
+  if pmap:
+    compiled = parallel.compile_step_pmap(made)
+  else:
+    sizes = MESHES[name]
+    compiled = parallel.compile_step(
+      made, start, toy.frozen(), rules=toy.FROZEN_RULES,
+      mesh=parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)]),
+    )  # fmt: skip
+  state = compiled.put_state(start)
+  frozen = compiled.put_frozen(toy.frozen())
+  _, metrics = compiled.call(state, frozen, [batch], jax.random.key(0))
+  return jax.device_get(metrics)
 
 
 def batch_collectives(text, depth):
