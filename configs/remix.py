@@ -145,7 +145,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
   config = ConfigDict()
   config.seed = 0
-  config.model = "nano"  # embedded: tiny, nano; or a HF directory or hub id
+  config.model = "tiny"  # embedded: tiny, nano; or a HF directory or hub id
   config.cache = "../remix_stages"  # of stages' weights, from the workdir
   config.export = False  # write the last model to WORKDIR/model, HF format
   config.profile = ()  # (start, n): trace these steps of the last stage

@@ -1,6 +1,6 @@
 """Score a model on the invented world: reading, known facts, prose, tasks.
 
-    python -m experiments.score_world --model=nano
+    python -m experiments.score_world --model=tiny
 
 Every prompt asks ONE question. Documents of a prompt all state the relation
 that is asked, and pairs of their people share a name part. Answers are scored
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     allow_abbrev=False,
   )
   add = parser.add_argument
-  add("--model", default="nano", help="nano, tiny, a path or a hub id")
+  add("--model", default="tiny", help="nano, tiny, a path or a hub id")
   add("--questions", type=int, default=1000, help="of each kind (default 1000)")
   add("--seed", type=int, default=1, help="of the questions (default 1)")
   flags = parser.parse_args(argv)
