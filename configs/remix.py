@@ -7,8 +7,9 @@
 `smoke` runs in seconds, `tiny` is the small-scale protocol, `paper` are the
 values of Chen et al., arXiv 2411.07175 (below "paper"; "release" is its code,
 princeton-nlp/continual-factoid-memorization). Settings of stages are one value
-for all, or one per stage with commas: mix.source=random,none. Sizes and rates
-of `tiny` come from remix_pilot.py; remix_ablations.py has further sweeps.
+for all, or one per stage with commas: mix.source=random,none. Size and rate of
+`tiny` come from remix_pilot.py, whose record is remix_pilot.json;
+remix_ablations.py has further sweeps.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +27,7 @@ def _data() -> ConfigDict:
       "b": "world",  # learned afterwards; other people, same relations
       "c": "",  # third stage; empty: none
       "d": "",
-      "size": 512,  # rows of each set; our choice, pilot not run
+      "size": 256,  # rows of each set; by the pilot
       "max_tokens": 512,  # longer rows are left out; the model's positions
       "on_error": "raise",  # or "skip", at malformed rows
       "disjoint_names": False,  # people of the stages share no name part
@@ -54,7 +55,7 @@ def _mix() -> ConfigDict:
       "length": 12,  # words in a half of a row; our choice (paper: 50)
       "style": "split",  # of random rows: split, copy, lm; unreleased
       "words": "world",  # world, world-all, or a file of words
-      "pool": 2048,  # rows to choose from; 4 x 512, the largest ratio
+      "pool": 2048,  # rows to choose from; twice the largest ratio's
     }
   )
 
@@ -64,7 +65,7 @@ def _train() -> ConfigDict:
     {
       "epochs": 60,  # at most; our choice (release: 20)
       "batch_size": 32,  # rows a step; release
-      "rate": 1e-3,  # our choice, pilot not run (release: 5e-5 at 8B)
+      "rate": 3e-4,  # by the pilot (release: 5e-5 at 8B)
       "schedule": "cosine",  # to 0 over all epochs; release
       "warmup_percent": 5.0,  # of the steps, rounded up; release
       "b1": 0.9,  # release
@@ -183,6 +184,7 @@ def _shrink(config) -> None:
   config.mix.pool = 256
   config.train.batch_size = 16
   config.train.epochs = 30
+  config.train.rate = 1e-3
   config.eval.analysis = False
 
 
@@ -219,7 +221,7 @@ def _enlarge(config) -> None:
 SEEDS = (0, 1, 2)
 EWC = (1e2, 1e3, 1e4, 1e5, 1e6)  # strengths, which the paper does not give
 KL = (0.1, 1.0, 10.0)
-OTHER_RATES = (3e-4, 3e-3)  # signs of effects may depend on the rate
+OTHER_RATES = (1e-4, 1e-3)  # signs of effects may depend on the rate
 # Variants of the paper's tables: what is mixed into stage 1 and stage 2.
 MIXINGS = (
   "random,none",
