@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks import torch_device
+
 
 class GenerateHf:
   """Generation from one batch of prompts, again and again.
@@ -19,16 +21,7 @@ class GenerateHf:
   """
 
   def __init__(self, spec: dict[str, Any]):
-    if spec["threads"]:
-      torch.set_num_threads(spec["threads"])
-    self._cuda = torch.cuda.is_available()
-    self._at = torch.device("cuda" if self._cuda else "cpu")
-    name = torch.cuda.get_device_name() if self._cuda else "cpu"
-    self.runs_on = (
-      f"torch {torch.__version__}, transformers {transformers.__version__}, "
-      f"{name}"
-    )
-    torch.set_float32_matmul_precision("high")  # as jax does by default
+    self._at, self.runs_on = torch_device.prepare(spec)
     self._model = transformers.AutoModelForCausalLM.from_pretrained(
       spec["model"], dtype=getattr(torch, spec["dtype"])
     ).to(self._at)
@@ -63,4 +56,4 @@ class GenerateHf:
 
   def device_peak(self) -> int | None:
     """Peak bytes of the accelerator; None on the CPU."""
-    return torch.cuda.max_memory_allocated() if self._cuda else None
+    return torch_device.peak_bytes(self._at)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks import torch_device
+
 RATE, CLIP_NORM, BETAS, EPS = 5e-5, 1.0, (0.9, 0.95), 1e-8  # REMIX's
 
 
@@ -23,16 +25,7 @@ class TrainPytorch:
   """
 
   def __init__(self, spec: dict[str, Any]):
-    if spec["threads"]:
-      torch.set_num_threads(spec["threads"])
-    self._cuda = torch.cuda.is_available()
-    self._at = torch.device("cuda" if self._cuda else "cpu")
-    name = torch.cuda.get_device_name() if self._cuda else "cpu"
-    self.runs_on = (
-      f"torch {torch.__version__}, transformers {transformers.__version__}, "
-      f"{name}"
-    )
-    torch.set_float32_matmul_precision("high")  # as jax does by default
+    self._at, self.runs_on = torch_device.prepare(spec)
     self._dtype = getattr(torch, spec["dtype"])
     self._trim = spec["trim"]
     self._model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -78,7 +71,7 @@ class TrainPytorch:
     torch.nn.utils.clip_grad_norm_(self._model.parameters(), CLIP_NORM)
     self._adam.step()
     self._adam.zero_grad(set_to_none=True)
-    if self._cuda:
+    if self._at.type == "cuda":
       torch.cuda.synchronize()
     sec = time.perf_counter() - start
     cpu_sec = time.process_time() - cpu
@@ -92,4 +85,4 @@ class TrainPytorch:
 
   def device_peak(self) -> int | None:
     """Peak bytes of the accelerator; None on the CPU."""
-    return torch.cuda.max_memory_allocated() if self._cuda else None
+    return torch_device.peak_bytes(self._at)

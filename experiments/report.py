@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       columns=flags.columns,
       curves=flags.curves,
       scatter=flags.scatter,
-      ignore=[key for key in flags.ignore.split(",") if key],
+      ignore=flags.ignore.split(","),
     )
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -203,7 +203,8 @@ def test_rotary_buffers_are_ignored(tmp_path):
   def edit(tensors):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.float32([1])
 
-  huggingface.load(_saved(tmp_path, LLAMA, edit))
+  _, params = huggingface.load(_saved(tmp_path, LLAMA, edit))
+  _assert_same(params, _params(LLAMA))
 
 
 @pytest.mark.parametrize("kept", ["both", "copy"])
