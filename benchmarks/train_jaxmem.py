@@ -15,7 +15,6 @@ from jaxmem.training import parallel
 from jaxmem.training.step import LossAux, make_train_step
 
 RATE = 5e-5  # REMIX's
-CHUNK = 512  # label positions of a row at once: all, as in the peer's step
 
 
 def load_batches(path: str) -> list[tuple[PackedBatch, ...]]:
@@ -84,8 +83,8 @@ class TrainJaxmem:
   """Steps over the batches of one layout.
 
   Args:
-    spec: model (directory), batches (file), dtype, remat, microbatches (0: of
-      one row each).
+    spec: model (directory), batches (file), dtype, remat, chunk (label
+      positions of a row at once), microbatches (0: of one row each).
   """
 
   def __init__(self, spec: dict[str, Any]):
@@ -97,7 +96,7 @@ class TrainJaxmem:
       config,
       dtype=jnp.dtype(spec["dtype"]),
       remat=spec["remat"],
-      chunk=CHUNK,
+      chunk=spec["chunk"],
     )
     tx = remix.make_optimizer(schedule="constant")
     self._batches = load_batches(spec["batches"])

@@ -57,6 +57,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--warmup", type=int, default=2, help="steps before them")
   add("--dtype", default="float32", choices=("float32", "bfloat16"))
   add("--remat", action="store_true", help="compute layers again in backward")
+  add("--chunk", type=int, default=512, help="label positions of a row at once")
   add("--microbatches", type=int, default=0, help="of packed; 0: rows")
   add("--padded-microbatches", type=int, default=1, help="of padded; 0: rows")
   add("--threads", type=int, default=0, help="cores of each; 0: all")
@@ -69,7 +70,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   add("--in-process", action="store_true", help="all in one process")
   add("--json", help="file to write all figures to")
   args = parser.parse_args(argv)
-  for name in ("repetitions", "warmup", "batch_size", "tokens", "ratio"):
+  for name in (
+    "repetitions",
+    "warmup",
+    "batch_size",
+    "tokens",
+    "ratio",
+    "chunk",
+  ):
     if getattr(args, name) < 1:
       parser.error(f"--{name.replace('_', '-')} must be at least 1")
   args.layouts = args.layouts.split(",")
@@ -123,6 +131,7 @@ def entries(args: argparse.Namespace, folder: str) -> list[Entry]:
     "model": f"{folder}/model",
     "dtype": args.dtype,
     "remat": args.remat,
+    "chunk": args.chunk,
     "threads": args.threads,
   }
   pieces = {

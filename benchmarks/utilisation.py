@@ -60,9 +60,9 @@ def peak_flops(device: Any, given_tflops: float | None) -> float | None:
   return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
-def build(config: ModelConfig, *, dtype: str, remat: bool):
+def build(config: ModelConfig, *, dtype: str, remat: bool, chunk: int):
   """The step, and a function that makes its state from a key."""
-  model = remix.Model(config, dtype=jnp.dtype(dtype), remat=remat)
+  model = remix.Model(config, dtype=jnp.dtype(dtype), remat=remat, chunk=chunk)
   tx = remix.make_optimizer(schedule="constant")
   # As one part: `make_step` takes a tuple.
   step = make_step(model, tx)
@@ -76,7 +76,9 @@ def build(config: ModelConfig, *, dtype: str, remat: bool):
 def measure(args: argparse.Namespace) -> dict[str, Any]:
   """Time steps at each length; print and return rates and utilisation."""
   config = shapes.SHAPES[args.model_shape]
-  step, start = build(config, dtype=args.dtype, remat=args.remat)
+  step, start = build(
+    config, dtype=args.dtype, remat=args.remat, chunk=args.chunk
+  )
   device = jax.devices()[0]
   peak = peak_flops(device, args.peak_tflops)
   if peak is None:

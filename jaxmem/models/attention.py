@@ -10,7 +10,8 @@ softmax:
 with j over the rows of all parts.  A query that may see nothing gets zeros,
 with a zero gradient.  Source: scaled dot-product attention (arXiv:1706.03762
 eq. 1) with grouped queries (arXiv:2305.13245); the blockwise path follows the
-online softmax of arXiv:2205.14135, algorithms 1 and 4.
+online softmax of arXiv:2205.14135, algorithms 1 and 4, and the fused one is
+cuDNN's.
 """
 
 import functools
@@ -23,9 +24,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxmem.models import blockwise
 
-# Scores of one call (B * N * T * S) from which on the blockwise path is taken:
-# 64 MB of float32, where it is also the faster one on a CPU.
+# Scores of one call (B * N * T * S) from which on they are not held at once:
+# 64 MB of float32, where the blockwise path is also the faster one on a CPU.
 PLAIN_LIMIT = 1 << 24
+# An accelerator has the memory (1 GiB), and small blocks leave it idle.
+DEVICE_PLAIN_LIMIT, DEVICE_BLOCK = 1 << 28, 1024
+FUSED_HEAD_DIM = 128  # at most, and a multiple of 8
 
 
 class Part(NamedTuple):
@@ -47,6 +51,7 @@ def attention(
   query_segments: Int[Array, "B T"] | None = None,
   window: int | jax.Array | None = None,
   scale: float,
+  ordered: bool = False,
   block: int | None = None,
 ) -> Float[Array, "B T N H"]:
   """Attend from every query to the rows of `parts` that it may see.
@@ -62,17 +67,21 @@ def attention(
     window: tokens a query sees back, its own included; None is unlimited. May
       be traced (it differs between layers).
     scale: factor on the scores.
+    ordered: says that the only part holds the queries' own rows and that
+      positions rise along a row (in each segment); then the fused path leaves
+      out what lies ahead.
     block: rows of a key block of the blockwise path; None picks the path by
-      size. Both are exact; the blockwise one recomputes scores in the backward
-      pass and never holds more than a block of them.
+      size. All are exact; the blockwise one recomputes scores in the backward
+      pass and never holds more than a block of them. So does the fused one,
+      taken in its place on NVIDIA GPUs at 16-bit precision.
 
   Returns: in the dtype of `query`. Scores and softmax are float32.
 
   Raises:
-    ValueError: no parts, heads that do not divide, or parts with segments
-      while the queries have none.
+    ValueError: no parts, heads that do not divide, parts with segments while
+      the queries have none, or `ordered` with rows other than the queries'.
   """
-  _check(query, parts, query_segments)
+  _check(query, parts, query_segments, ordered)
   parts = tuple(
     part._replace(
       key=part.key.astype(query.dtype), value=part.value.astype(query.dtype)
@@ -80,21 +89,83 @@ def attention(
     for part in parts
   )
   b, t, n, _ = query.shape
+  args = (query, parts, query_positions, query_segments, window, scale)
   if block is None:
-    rows = sum(part.key.shape[-3] for part in parts)
-    if b * n * t * rows < PLAIN_LIMIT:
-      return _plain(
-        query, parts, query_positions, query_segments, window, scale
-      )
-    block = blockwise.BLOCK
-  return blockwise.attention(
-    query, parts, query_positions, query_segments, window, scale, block
+    scores = b * n * t * sum(part.key.shape[-3] for part in parts)
+    on_cpu = jax.default_backend() == "cpu"
+    if scores >= PLAIN_LIMIT and _can_fuse(query):
+      return _fused(*args, ordered)
+    if scores < (PLAIN_LIMIT if on_cpu else DEVICE_PLAIN_LIMIT):
+      return _plain(*args)
+    block = blockwise.BLOCK if on_cpu else DEVICE_BLOCK
+  return blockwise.attention(*args, block)
+
+
+def _can_fuse(query):
+  """Whether cuDNN has flash attention for this device, dtype and head."""
+  # NVIDIA's are numbers ("9.0"), those of other vendors are not.
+  capability = getattr(jax.devices()[0], "compute_capability", "")
+  return (
+    capability.replace(".", "").isdigit()
+    and float(capability) >= 8
+    and query.dtype in (jnp.bfloat16, jnp.float16)
+    and query.shape[-1] % 8 == 0
+    and query.shape[-1] <= FUSED_HEAD_DIM
   )
 
 
-def _check(query, parts, query_segments):
+def _fused(
+  query,
+  parts,
+  query_positions,
+  query_segments,
+  window,
+  scale,
+  ordered,
+  implementation="cudnn",
+):
+  """One kernel over the parts one after the other, the mask as its bias.
+
+  Shared parts are copied for every row, which costs less than the scores.
+  """
+  b, t = query.shape[:2]
+
+  def join(rows, axis):
+    rows = jnp.concatenate(rows, axis)
+    fill = [(0, 0)] * rows.ndim
+    fill[axis] = (0, rows.shape[axis] % 2)  # cuDNN's backward: even lengths
+    return jnp.pad(rows, fill)
+
+  def whole(x):
+    return jnp.broadcast_to(x, (b, *x.shape[-3:]))
+
+  masks = []
+  for part in parts:
+    mask = blockwise.visible(part, query_positions, query_segments, window)
+    shape = (b, t, part.key.shape[-3])
+    masks.append(jnp.broadcast_to(True if mask is None else mask, shape))
+  mask = join(masks, 2)
+  out = jax.nn.dot_product_attention(
+    join([query], 1),
+    join([whole(part.key) for part in parts], 1),
+    join([whole(part.value) for part in parts], 1),
+    mask=join([mask], 1)[:, None],
+    scale=scale,
+    is_causal=ordered,
+    implementation=implementation,
+  )
+  # A query that sees nothing got the mean of all rows.
+  return jnp.where(mask.any(axis=-1)[..., None, None], out[:, :t], 0)
+
+
+def _check(query, parts, query_segments, ordered):
   if not parts:
     raise ValueError("attention got no parts; give at least one")
+  if ordered and (len(parts) > 1 or parts[0].key.shape[-3] != query.shape[1]):
+    raise ValueError(
+      f"ordered=True with {[part.key.shape[-3] for part in parts]} rows of the "
+      f"parts and {query.shape[1]} queries: give the queries' own rows alone"
+    )
   heads = query.shape[-2]
   for part in parts:
     if heads % part.key.shape[-2]:

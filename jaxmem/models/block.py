@@ -306,6 +306,7 @@ def _attend(
     query_segments=rows.segments,
     window=window,
     scale=config.head_dim**-0.5,
+    ordered=cache is None and len(parts) == 1,
   )
   out = out.reshape(out.shape[:2] + (-1,))
   if config.family == "gpt2":

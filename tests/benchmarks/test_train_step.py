@@ -70,7 +70,7 @@ def test_utilisation_of_the_smoke_shape(capsys):
 def test_utilisation_of_the_1b_shape_is_well_formed(length):
   config = shapes.SHAPES["1b"]
   assert 1.2e9 < shapes.num_parameters(config) < 1.3e9
-  step, start = utilisation.build(config, dtype="bfloat16", remat=True)
+  step, start = utilisation.build(config, dtype="bfloat16", remat=True, chunk=8)
   state = jax.eval_shape(start, jax.random.key(0))
   batch = utilisation.full_batch(config, 8192 // length, length)
   after, metrics = jax.eval_shape(step, state, (), (batch,), jax.random.key(0))

@@ -56,7 +56,7 @@ def _by_loop(query, parts, positions, segments, window):
   return oracle.attend(query, parts, positions, segments, window, SCALE)
 
 
-def _apply(query, parts, positions, segments, window, block):
+def _apply(query, parts, positions, segments, window, block, ordered=False):
   return attention(
     query,
     parts,
@@ -64,6 +64,7 @@ def _apply(query, parts, positions, segments, window, block):
     query_segments=segments,
     window=window,
     scale=SCALE,
+    ordered=ordered,
     block=block,
   )
 
@@ -235,10 +236,63 @@ def test_large_inputs_take_the_blockwise_path(monkeypatch):
   args = (query, _as_arrays(parts), positions, segments, window)
   plain = _run(*args, None)
   monkeypatch.setattr(module, "PLAIN_LIMIT", 10)
+  monkeypatch.setattr(module, "DEVICE_PLAIN_LIMIT", 10)
+  monkeypatch.setattr(module, "DEVICE_BLOCK", 4)
   monkeypatch.setattr(module.blockwise, "BLOCK", 4)
   again = functools.partial(_apply, block=None)  # traced anew
   assert "custom_vjp" in str(jax.make_jaxpr(again)(*args))
   np.testing.assert_allclose(jax.jit(again)(*args), plain, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_fused_path_equals_the_loop(name):
+  """All but cuDNN's kernel, whose contract jax.nn's own code shares."""
+  query, parts, positions, segments, window = _case(name)
+  args = (query, _as_arrays(parts), positions, segments, window, SCALE)
+  ordered = name == "masked"
+  got = jax.jit(lambda *args: module._fused(*args, ordered, "xla"))(*args)
+  wanted = _by_loop(query, parts, positions, segments, window)
+  np.testing.assert_allclose(got, wanted, atol=2e-6)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("name", CASES)
+def test_the_fused_path_on_a_gpu(name, monkeypatch):
+  """cuDNN in bfloat16 against the plain path in float32 on the same numbers."""
+  _, parts, positions, segments, window = _case(name)
+
+  def half(seed, *shape):
+    return jnp.asarray(_draw(seed, *shape), jnp.bfloat16)
+
+  query = half(0, B, T, N, 64)
+  parts = [
+    part | {k: half(i, *part[k].shape[:-1], 64) for k in ("key", "value")}
+    for i, part in enumerate(parts, 1)
+  ]
+  parts, cotangent = _as_arrays(parts), half(9, *query.shape)
+  rest = (positions, segments, window)
+  whole = jax.tree.map(
+    lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x,
+    (query, parts, cotangent),
+  )
+  wanted = _run(*whole[:2], *rest, None)
+  slopes = _gradients(*whole[:2], *rest, whole[2], block=None)
+  monkeypatch.setattr(module, "PLAIN_LIMIT", 0)
+  monkeypatch.delattr(module, "_plain")  # so that nothing else can be taken
+  monkeypatch.delattr(module.blockwise, "attention")
+  again = functools.partial(_apply, block=None)  # traced anew
+  got = jax.jit(again)(query, parts, *rest)
+  found = _gradients.__wrapped__(query, parts, *rest, cotangent, block=None)
+  if name == "masked":
+    ordered = functools.partial(again, ordered=True)
+    got = jax.jit(ordered)(query, parts, *rest)
+  for a, b in zip(
+    jax.tree.leaves((got, found)),
+    jax.tree.leaves((wanted, slopes)),
+    strict=True,
+  ):
+    error = np.linalg.norm(np.asarray(a, np.float32) - b)
+    assert error <= 0.01 * np.linalg.norm(b) + 1e-6, (error, name)
 
 
 def test_keeps_the_dtype_of_the_query():
@@ -263,3 +317,12 @@ def test_errors():
     _apply(query, parts, positions, None, None, None)
   with pytest.raises(ValueError, match="3 query heads"):
     _apply(query[:, :, :3], parts, positions, segments, None, None)
+  with pytest.raises(ValueError, match="own rows alone"):
+    attention(
+      query,
+      parts,
+      query_positions=positions,
+      query_segments=segments,
+      scale=SCALE,
+      ordered=True,
+    )
