@@ -18,10 +18,20 @@ def get_config(arg: str = "") -> ConfigDict:
 
 
 def get_sweep() -> list[Point]:
-  """Return naive training and mixing under each change, three seeds each."""
+  """Return naive training and mixing under each change, three seeds each.
+
+  What may turn a conclusion around comes first. Where facts live is left to
+  configs/remix.py.
+  """
   both = grid({"mix.source": ("none", MIXED)})
   stages = grid({"mix.source": ("none,none,none", "random,prose,prose")})
   points = chain(
+    # Other rates, weights, facts and more stages.
+    product(grid({"train.rate": remix.OTHER_RATES}), both),
+    product([{"model": "nano"}], both),
+    product([{"data.disjoint_names": True}], both),
+    product([{"data.a": "kvr", "data.b": "kvrB"}], both),
+    product([{"data.c": "world"}], stages),
     # Ratio, length, source and choice of mixed rows.
     product([{"mix.source": MIXED}], grid({"mix.ratio": ("0.5", "1", "4")})),
     product([{"mix.source": MIXED}], grid({"mix.length": (6, 24)})),
@@ -35,13 +45,7 @@ def get_sweep() -> list[Point]:
     product([{"mix.source": "prose"}], grid({"mix.seed": ("0,1",)})),
     product([{"mix.source": MIXED}], [{"mix.fresh": True, "mix.pool": 8192}]),
     product([{"mix.source": MIXED}], [{"train.composition": "stratified"}]),
-    # Other facts, more stages, other rates, other weights.
-    product([{"data.c": "world"}], stages),
-    product([{"data.a": "kvr", "data.b": "kvrB"}], both),
-    product([{"data.disjoint_names": True}], both),
-    product(grid({"train.rate": remix.OTHER_RATES}), both),
     product([{"train.param_dtype": "bfloat16"}], both),
-    product([{"model": "nano"}], both),
     # How the baselines are applied.
     product(
       [{"method.name": "ewc", "method.strength": 1e4}],
@@ -54,4 +58,5 @@ def get_sweep() -> list[Point]:
     grid({"method.name": ("l2",), "method.strength": (1.0, 100.0)}),
     grid({"replay.share": (0.25, 0.5, 1.0)}),
   )
+  points = product([{"eval.analysis": False}], points)
   return product(points, grid({"seed": remix.SEEDS}))

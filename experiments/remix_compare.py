@@ -40,7 +40,9 @@ def facts(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def find_reference(rows: Sequence[Row], text: str) -> Row:
-  """The row whose labels hold all of `key=value,..`; "" is the plainest.
+  """The row of that name, or whose labels hold all of `key=value,..`.
+
+  "" is the plainest.
 
   Raises:
     ValueError: none or several.
@@ -55,13 +57,15 @@ def find_reference(rows: Sequence[Row], text: str) -> Row:
       for key, _, value in wanted
     )
   ]
-  if not wanted:
+  if named := [row for row in rows if row.name == text]:
+    found = named
+  elif not wanted:
     least = min(len(row.runs[0].overrides) for row in rows)
     found = [row for row in rows if len(row.runs[0].overrides) == least]
   if len(found) != 1:
     raise ValueError(
-      f"--to={text!r} names {len(found)} of {len(rows)} rows; give settings "
-      "that one row alone has, as KEY=VALUE,.."
+      f"--to={text!r} names {len(found)} of {len(rows)} rows; give the name of "
+      "one as the table has it, or settings that it alone has, as KEY=VALUE,.."
     )
   return found[0]
 
@@ -102,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   add = parser.add_argument
   add("roots", nargs="+", type=pathlib.Path, help="workdirs, or above them")
-  add("--to", default="", help="settings of the reference row, KEY=VALUE,..")
+  add("--to", default="", help="reference row: its name, or KEY=VALUE,..")
   add("--ignore", default="", help="settings that do not make rows, by commas")
   flags = parser.parse_args(argv)
   try:

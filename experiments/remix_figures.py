@@ -15,7 +15,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from experiments.runs import NONE, Row, find_runs, group, label_keys
+from experiments.runs import BASELINE, Row, find_runs, group, label_keys
 from jaxmem.evaluation import plots, statistics
 
 SHARE, REDRAW, MIX = "replay.share", "replay.redraw", "mix.source"
@@ -31,8 +31,9 @@ def setting(row: Row, key: str, default: str) -> str:
 def panel_of(row: Row) -> str:
   """Name what a row has in common with those that it is drawn beside."""
   ours = (SHARE, REDRAW, MIX)
-  rest = {k: v for k, v in row.labels.items() if k not in ours and v != NONE}
-  return ", ".join(f"{k}={v}" for k, v in rest.items())
+  rest = {k: v for k, v in row.labels.items() if k not in ours}
+  name = row._replace(labels=rest).name
+  return "" if name == BASELINE else name
 
 
 def replay_panels(rows: Sequence[Row]) -> dict[str, dict[str, plots.Curve]]:

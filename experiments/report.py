@@ -113,6 +113,8 @@ def write_report(
   text += "\nMean ± standard deviation over runs that differ in seeds only.\n"
   if omitted := len(set(known)) - len(columns):
     text += f"{omitted} more columns: --columns='*' shows all.\n"
+  if usual := ", ".join(f"{k}={v}" for k, v in rows[0].usual.items()):
+    text += f"Plots name rows by what is not usual in them ({usual}).\n"
   text += unfinished(runs)
   for path in draw(rows, output, columns=columns, curves=curves, pairs=pairs):
     text += f"\n![{path.stem}]({path.name})\n"

@@ -18,6 +18,7 @@ from jaxmem.launch import CONFIG_FILE
 from jaxmem.training.logging import read_metrics
 
 NONE = "–"  # in a table, where there is no value
+BASELINE = "baseline"  # a row with nothing unusual
 _MARKERS = (POINT_FILE, CONFIG_FILE, RESULT_FILE)
 
 
@@ -37,11 +38,17 @@ class Row(NamedTuple):
 
   labels: dict[str, str]  # setting -> value
   runs: list[Run]
+  usual: dict[str, str] = {}  # what more than half of the rows have
 
   @property
   def name(self) -> str:
-    pairs = [(k.rsplit(".", 1)[-1], v) for k, v in self.labels.items()]
-    return ", ".join(f"{k}={v}" for k, v in pairs if v != NONE) or "run"
+    """What is not usual in it."""
+    pairs = [
+      (key.rsplit(".", 1)[-1], value)
+      for key, value in self.labels.items()
+      if value not in (NONE, self.usual.get(key))
+    ]
+    return ", ".join(f"{k}={v}" for k, v in pairs) or BASELINE
 
   @property
   def done(self) -> list[Run]:
@@ -118,8 +125,13 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
   rows = collections.defaultdict(list)
   for run in runs:
     rows[tuple(_label(run, key) for key in keys)].append(run)
+  usual = {}
+  for key, values in zip(keys, zip(*rows, strict=True), strict=True):
+    ((value, number),) = collections.Counter(values).most_common(1)
+    if 2 * number > len(values):
+      usual[key] = value
   return [
-    Row(dict(zip(keys, labels, strict=True)), members)
+    Row(dict(zip(keys, labels, strict=True)), members, usual)
     for labels, members in rows.items()
   ]
 

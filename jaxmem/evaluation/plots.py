@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 _DPI = 120
 _PANELS_PER_LINE = 3
+_MANY_ROWS, _BARS_PER_LINE = 12, 6  # high panels go on fewer lines
 _COLORS = colormaps["tab20"].colors
 
 
@@ -43,7 +44,11 @@ def bars(
     panels: title -> a value per row, None where there is none.
   """
   height = 0.28 * len(labels) + 0.9
-  figure, axes = _grid(len(panels), panel=(3.2, height), extra=(2.2, 0.0))
+  per_line = _PANELS_PER_LINE if len(labels) <= _MANY_ROWS else _BARS_PER_LINE
+  room = 0.5 + 0.08 * max(map(len, labels))
+  figure, axes = _grid(
+    len(panels), per_line, panel=(2.8, height), extra=(room, 0.0)
+  )
   for index, (axis, (title, spots)) in enumerate(
     zip(axes, panels.items(), strict=True)
   ):
@@ -51,7 +56,7 @@ def bars(
       if spot is not None:
         color = _COLORS[row % len(_COLORS)]
         axis.barh(row, spot.mean, xerr=spot.sd or None, color=color)
-    first = index % _PANELS_PER_LINE == 0
+    first = index % per_line == 0
     axis.set_yticks(range(len(labels)), labels if first else [""] * len(labels))
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.set_title(title, fontsize="medium")
@@ -125,10 +130,10 @@ def scatter(
   figure.savefig(path, dpi=_DPI, bbox_inches="tight")
 
 
-def _grid(count, *, panel, extra=(0.0, 0.0)):
+def _grid(count, per_line=_PANELS_PER_LINE, *, panel, extra=(0.0, 0.0)):
   """Make a figure with `count` panels, a few on a line."""
-  wide = min(count, _PANELS_PER_LINE)
-  high = -(-count // _PANELS_PER_LINE)
+  wide = min(count, per_line)
+  high = -(-count // per_line)
   size = (panel[0] * wide + extra[0], panel[1] * high + extra[1])
   figure = Figure(figsize=size, layout="constrained")
   axes = figure.subplots(high, wide, squeeze=False).flatten()

@@ -464,7 +464,7 @@ def test_rows_are_compared_fact_by_fact(tmp_path, capsys):
       (workdir / "correct.json").write_text(json.dumps(correct))
   assert remix_compare.main([str(tmp_path)]) == 0
   out = capsys.readouterr().out
-  assert "against run" in out, "the row without overrides"
+  assert "against baseline" in out, "the row without overrides"
   mixed = next(x for x in out.splitlines() if "prose" in x).split("|")
   same = next(x for x in out.splitlines() if "random" in x).split("|")
   assert float(mixed[3].split()[0]) > 10 and float(mixed[4]) < 0.01
