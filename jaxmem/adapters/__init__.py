@@ -1,4 +1,6 @@
-"""Adapters: small trained trees beside the frozen weights, never merged in."""
+"""Adapters: small trained trees beside the frozen ones, never merged in place.
 
-from jaxmem.adapters import lora as lora
+The modules are imported by name; `linear`, the map that applies them, is here.
+"""
+
 from jaxmem.adapters.linear import linear as linear

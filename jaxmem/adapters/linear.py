@@ -1,8 +1,14 @@
-"""The one linear map of the decoder, with low-rank adapters beside it.
+"""The one linear map of the decoder, with adapters beside it.
 
-Source: LoRA (arXiv:2106.09685) eq. 3: y = W x + scale B A x. Departure: n
-adapters live in one tree and an index picks one per row or per position, so
-one pass serves rows that use different adapters.
+  y = l_out * (W (l_in * x) + b)                       (IA)3
+  y = W x + b + s B (E * (A x))                        LoRA, AdaLoRA (E)
+  y = W x + b + (c - 1) * W x + c * s B A x            DoRA, c = m / |W + s B A|
+
+Sources: LoRA (arXiv:2106.09685) eq. 3; AdaLoRA (arXiv:2303.10512) eq. 3; (IA)3
+(arXiv:2205.05638) section 3.3; DoRA (arXiv:2402.09353) eq. 5, with the norm a
+constant of the gradient as its section 4.3 proposes. Departure: n adapters live
+in one tree and an index picks one per row or per position, so one pass serves
+rows that use different adapters.
 """
 
 from collections.abc import Mapping
@@ -10,7 +16,8 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-_KNOWN = frozenset({"lora_A", "lora_B", "scale", "mask"})
+_BY_COLUMN = {"lora_B", "mask", "magnitude", "ia3_out"}  # last axis: out
+_KNOWN = _BY_COLUMN | {"lora_A", "lora_E", "scale", "ia3_in"}
 
 
 def linear(
@@ -22,18 +29,21 @@ def linear(
   rng: jax.Array | None = None,
   dropout: float | int = 0.0,
 ) -> jax.Array:
-  """Return x W + b, plus the chosen adapter's low-rank term.
+  """Return x W + b, changed by the chosen adapter.
 
   Args:
     x: [..., in]; the result has its dtype, and weights are cast to it here,
       so float32 masters may be passed.
     weights: "kernel" [in, out] and, optionally, "bias" [out].
-    adapter: "lora_A" [n, in, A], "lora_B" [n, A, out], "scale" [n], and,
-      optionally, "mask" [n, out] of 0 and 1 for adapters of some columns only.
-      `scale` and `mask` are not differentiated.
+    adapter: either "ia3_in" [n, in] or "ia3_out" [n, out]; or "lora_A"
+      [n, in, A], "lora_B" [n, A, out], "scale" [n], and, optionally, "lora_E"
+      [n, A] (AdaLoRA), "magnitude" [n, out] (DoRA), and "mask" [n, out] of 0
+      and 1 for adapters of some columns only. `scale` and `mask` are not
+      differentiated.
     index: integers 0..n over the leading axes of x ([B] or [B, T]); 0 is the
       base model alone. None means adapter 1 everywhere and needs n = 1.
-    rng: key for dropout of the adapter's input; consumed once.
+    rng: key for dropout of the low-rank term's input (for DoRA, of both its
+      terms); consumed once.
     dropout: probability in [0, 1) of dropping an input; used only with `rng`.
 
   Returns: [..., out].
@@ -42,13 +52,94 @@ def linear(
     ValueError: unknown adapter entries, an index whose shape is no prefix of
       x's, several adapters without an index, or dropout outside [0, 1).
   """
-  y = _product(x, weights["kernel"].astype(x.dtype))
+  if adapter is not None:
+    _check(x, adapter, index, dropout)
+    if "ia3_in" in adapter:
+      x = x * _chosen(adapter["ia3_in"], index, x)
+  kernel = weights["kernel"].astype(x.dtype)
+  product = _product(x, kernel)
+  y = product
   if "bias" in weights:
     bias = weights["bias"].astype(x.dtype)
     y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
   if adapter is None:
     return y
-  return y + _low_rank(x, adapter, index, rng, dropout)
+  if "ia3_out" in adapter:
+    y = y * _chosen(adapter["ia3_out"], index, x)
+  if "lora_A" not in adapter:
+    return y
+  if rng is not None and dropout > 0:
+    keep = jax.random.bernoulli(rng, 1 - dropout, x.shape)
+    x = jnp.where(keep, x / (1 - dropout), 0)
+    product = None
+  change = _low_rank(x, adapter, index)
+  if "magnitude" in adapter:
+    factor = adapter["magnitude"] / column_norms(weights["kernel"], adapter)
+    factor = _chosen(factor, index, x)
+    again = _product(x, kernel) if product is None else product
+    change = (factor - 1) * again + factor * change
+  return y + change
+
+
+def column_norms(
+  kernel: jax.Array, adapter: Mapping[str, jax.Array]
+) -> jax.Array:
+  """Return |W + s A B| of every column, float32 [n, out], without gradient.
+
+  Args:
+    kernel: [in, out].
+    adapter: as in `linear`.
+  """
+  held = jax.lax.stop_gradient(dict(adapter))
+  down, up = (held[key].astype(jnp.float32) for key in ("lora_A", "lora_B"))
+  change = jnp.einsum("nia,nao->nio", down, up)
+  change = change * held["scale"].astype(jnp.float32)[:, None, None]
+  if "mask" in held:
+    change = change * held["mask"][:, None, :]
+  whole = jax.lax.stop_gradient(kernel).astype(jnp.float32)[None] + change
+  return jnp.sqrt(jnp.square(whole).sum(axis=1))
+
+
+def columns_from(
+  adapter: Mapping[str, jax.Array], start: int
+) -> dict[str, jax.Array]:
+  """Cut an adapter of one layer down to the output columns from `start` on."""
+  return {
+    key: leaf[..., start:] if key in _BY_COLUMN else leaf
+    for key, leaf in adapter.items()
+  }
+
+
+def _check(x, adapter, index, dropout):
+  unknown = sorted(set(adapter) - _KNOWN)
+  if unknown:
+    raise ValueError(
+      f"adapter has unknown entries {unknown}; known: {sorted(_KNOWN)}"
+    )
+  if not 0 <= dropout < 1:
+    raise ValueError(f"adapter dropout is {dropout}; it must be in [0, 1)")
+  n = next(iter(adapter.values())).shape[0]
+  if index is None and n != 1:
+    raise ValueError(
+      f"the tree holds {n} adapters: give adapter_index (0 = none, 1..{n})"
+    )
+  if index is not None and index.shape != x.shape[:-1][: index.ndim]:
+    raise ValueError(
+      f"adapter_index has shape {index.shape}; expected the leading axes of "
+      f"the input {x.shape[:-1]}: one entry per row or per position"
+    )
+
+
+def _chosen(factors, index, x):
+  """Factors [n, c] to [..., c] of the rows of x; exactly 1 where index is 0."""
+  factors = factors.astype(x.dtype)
+  if index is None:
+    return factors.reshape((1,) * (x.ndim - 1) + factors.shape[1:])
+  ones = jnp.ones((1, factors.shape[1]), x.dtype)
+  rows = jnp.concatenate([ones, factors])[index]
+  return rows.reshape(
+    index.shape + (1,) * (x.ndim - 1 - index.ndim) + factors.shape[1:]
+  )
 
 
 def _product(x, kernel):
@@ -58,36 +149,18 @@ def _product(x, kernel):
   return (flat @ kernel).reshape(x.shape[:-1] + kernel.shape[-1:])
 
 
-def _low_rank(x, adapter, index, rng, dropout):
-  unknown = sorted(set(adapter) - _KNOWN)
-  if unknown:
-    raise ValueError(
-      f"adapter has unknown entries {unknown}; known: {sorted(_KNOWN)}"
-    )
-  if not 0 <= dropout < 1:
-    raise ValueError(f"adapter dropout is {dropout}; it must be in [0, 1)")
+def _low_rank(x, adapter, index):
   down = adapter["lora_A"].astype(x.dtype)
   up = adapter["lora_B"].astype(x.dtype)
   scale = jax.lax.stop_gradient(adapter["scale"]).astype(x.dtype)
-  if rng is not None and dropout > 0:
-    keep = jax.random.bernoulli(rng, 1 - dropout, x.shape)
-    x = jnp.where(keep, x / (1 - dropout), 0)
+  if "lora_E" in adapter:
+    down = down * adapter["lora_E"].astype(x.dtype)[:, None, :]
   if "mask" in adapter:
     mask = jax.lax.stop_gradient(adapter["mask"]).astype(x.dtype)
     up = up * mask[:, None, :]
-  n = down.shape[0]
   if index is None:
-    if n != 1:
-      raise ValueError(
-        f"the tree holds {n} adapters: give adapter_index (0 = none, 1..{n})"
-      )
     return _product(_product(x, down[0]) * scale[0], up[0])
-  lead = x.shape[:-1]
-  if index.shape != lead[: index.ndim]:
-    raise ValueError(
-      f"adapter_index has shape {index.shape}; expected the leading axes of "
-      f"the input {lead}: one entry per row or per position"
-    )
+  n, lead = down.shape[0], x.shape[:-1]
   chosen = jax.nn.one_hot(index - 1, n, dtype=x.dtype) * scale.reshape(
     (1,) * index.ndim + (n,)
   )

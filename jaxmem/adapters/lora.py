@@ -1,8 +1,7 @@
-"""Low-rank adapters as a tree beside the frozen one: make, mark, merge.
+"""Low-rank adapters: LoRA, and DoRA, which learns the columns' lengths apart.
 
-Source: LoRA (arXiv:2106.09685) section 4.1.  The tree follows the checkpoint's
-projections; its leaves lead with the layers and then with the n adapters that
-live side by side (`adapters.linear` says how one is chosen).
+Sources: LoRA (arXiv:2106.09685) section 4.1; its scale alpha / sqrt(rank) from
+arXiv:2312.03732 (rsLoRA); DoRA (arXiv:2402.09353) section 4.
 """
 
 import math
@@ -11,6 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxmem.adapters import trees
+from jaxmem.adapters.linear import column_norms
 
 
 def init(
@@ -21,6 +23,7 @@ def init(
   alpha: float | int,
   rng: jax.Array,
   number: int = 1,
+  rank_stabilized: bool = False,
   dtype=jnp.float32,
 ) -> dict[str, Any]:
   """Draw adapters that change nothing yet.
@@ -35,6 +38,7 @@ def init(
     alpha: the term is scaled by alpha / rank.
     rng: consumed once.
     number: n adapters side by side.
+    rank_stabilized: scale by alpha / sqrt(rank) instead.
 
   Returns: {group: {name: {"lora_A" [L, n, in, A], "lora_B" [L, n, A, out],
     "scale" [L, n]}}}.
@@ -44,24 +48,11 @@ def init(
   """
   if rank < 1 or number < 1:
     raise ValueError(f"rank={rank} and number={number} must be at least 1")
-  kernels = {
-    (group, name): weights["kernel"].shape
-    for group, names in layers.items()
-    for name, weights in names.items()
-    if isinstance(weights, Mapping) and "kernel" in weights
-  }
-  known = sorted({name for _, name in kernels})
-  unknown = sorted(set(targets) - set(known))
-  if unknown or not targets:
-    raise ValueError(
-      f"adapter targets {list(targets)} are not all projections of this model; "
-      f"known: {known}"
-    )
+  scale = alpha / (math.sqrt(rank) if rank_stabilized else rank)
   tree: dict[str, Any] = {}
-  for index, ((group, name), shape) in enumerate(sorted(kernels.items())):
-    if name not in targets:
-      continue
-    depth, width, out = shape
+  chosen = trees.kernels(layers, targets)
+  for (group, name), (index, kernel) in chosen.items():
+    depth, width, out = kernel.shape
     limit = 1 / math.sqrt(width)
     tree.setdefault(group, {})[name] = {
       "lora_A": jax.random.uniform(
@@ -72,57 +63,46 @@ def init(
         limit,
       ),
       "lora_B": jnp.zeros((depth, number, rank, out), dtype),
-      "scale": jnp.full((depth, number), alpha / rank, dtype),
+      "scale": jnp.full((depth, number), scale, dtype),
     }
   return tree
 
 
-def trainable(adapters: Mapping[str, Any]) -> dict[str, Any]:
-  """Return a tree of bools like `adapters`: False at `scale` and `mask`.
-
-  These get no gradient, yet weight decay would still shrink them: leave them
-  out of the optimiser.
-  """
-  return {
-    key: trainable(leaf)
-    if isinstance(leaf, Mapping)
-    else key not in ("scale", "mask")
-    for key, leaf in adapters.items()
-  }
-
-
-def merge(
-  layers: Mapping[str, Any], adapters: Mapping[str, Any], chosen: int = 1
+def init_dora(
+  layers: Mapping[str, Any],
+  targets: Sequence[str],
+  rank: int,
+  *,
+  alpha: float | int,
+  rng: jax.Array,
+  number: int = 1,
+  rank_stabilized: bool = False,
+  dtype=jnp.float32,
 ) -> dict[str, Any]:
-  """Return stacked weights with one adapter added into their kernels.
-
-  W + scale A B, in float32, returned in the kernel's dtype; neither argument is
-  changed.
+  """Draw adapters as `init` does, and give every column its present length.
 
   Args:
-    chosen: which adapter, from 1.
+    layers: as in `init`, but arrays: the lengths are read from the kernels.
 
-  Raises:
-    ValueError: an adapter number that the tree does not hold.
+  Returns: as `init`, with "magnitude" [L, n, out] besides.
   """
-  merged = {
-    group: dict(names) if isinstance(names, Mapping) else names
-    for group, names in layers.items()
-  }
-  for group, names in adapters.items():
-    for name, adapter in names.items():
-      held = adapter["scale"].shape[1]
-      if not 1 <= chosen <= held:
-        raise ValueError(
-          f"adapter {chosen} asked for; the tree holds 1..{held}"
-        )
-      down, up, scale = (
-        adapter[key][:, chosen - 1] for key in ("lora_A", "lora_B", "scale")
-      )
-      change = jnp.einsum("lia,lao->lio", down, up) * scale[:, None, None]
-      if "mask" in adapter:
-        change = change * adapter["mask"][:, chosen - 1][:, None, :]
-      kernel = merged[group][name]["kernel"]
-      total = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
-      merged[group][name] = {**merged[group][name], "kernel": total}
-  return merged
+  tree = init(
+    layers,
+    targets,
+    rank,
+    alpha=alpha,
+    rng=rng,
+    number=number,
+    rank_stabilized=rank_stabilized,
+    dtype=dtype,
+  )
+  for (group, name), (_, kernel) in trees.kernels(layers, targets).items():
+    adapter = tree[group][name]
+    adapter["magnitude"] = norms(kernel, adapter).astype(dtype)
+  return tree
+
+
+def norms(kernel: jax.Array, adapter: Mapping[str, jax.Array]) -> jax.Array:
+  """Return |W + s A B| of every column, [L, n, out], of stacked leaves."""
+  without = {k: leaf for k, leaf in adapter.items() if k != "magnitude"}
+  return jax.lax.map(lambda pair: column_norms(*pair), (kernel, without))

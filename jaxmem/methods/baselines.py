@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxmem.adapters import lora
+from jaxmem.adapters import lora, merge, trees
 from jaxmem.data.mixing import MAIN, MIXED
 from jaxmem.data.packing import PackedBatch
 from jaxmem.methods import remix
@@ -87,7 +87,7 @@ def make_method(
       rng=rng,
     )
     # What is not trained must not decay either.
-    params, fixed = _split(adapters, lora.trainable(adapters))
+    params, fixed = _split(adapters, trees.trainable(adapters))
     frozen = {"base": start, "fixed": fixed}
     return Method(params, frozen, _adapted, None, _merge)
   frozen, penalty = {"strength": jnp.float32(strength)}, None
@@ -141,7 +141,7 @@ def _adapted(params, frozen):
 
 def _merge(params, frozen):
   base, adapters = frozen["base"], _join(params, frozen["fixed"])
-  return {**base, "layers": lora.merge(base["layers"], adapters)}
+  return {**base, "layers": merge.merge(base["layers"], adapters)}
 
 
 def quadratic(params, frozen, batch, hidden, *, count, gather) -> Array:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmem.adapters import linear
+from jaxmem.adapters.linear import columns_from, linear
 from jaxmem.models import checks, rope
 from jaxmem.models.attention import Part, attention
 from jaxmem.models.cache import Cache, read, store
@@ -119,11 +119,7 @@ class _Maps(NamedTuple):
     if columns is not None:
       weights = {key: leaf[..., columns:] for key, leaf in weights.items()}
       if adapter is not None:
-        wide = ("lora_B", "mask")
-        adapter = {
-          key: leaf[..., columns:] if key in wide else leaf
-          for key, leaf in adapter.items()
-        }
+        adapter = columns_from(adapter, columns)
     rng = self.rng
     if rng is not None:
       rng = jax.random.fold_in(rng, PROJECTIONS.index((group, name)))

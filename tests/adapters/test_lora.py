@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.adapters import linear, lora
+from jaxmem.adapters import linear, lora, merge, trees
 
 L, D, F = 2, 4, 6
 LAYERS = {
@@ -45,7 +45,7 @@ def test_starts_as_the_base_model():
 
 
 def test_what_is_trained():
-  mask = lora.trainable(_make())
+  mask = trees.trainable(_make())
   assert mask["mlp"]["up_proj"] == {
     "lora_A": True,
     "lora_B": True,
@@ -60,7 +60,7 @@ def test_merged_weights_do_what_the_adapter_did():
   )
   tree["mlp"]["up_proj"]["mask"] = jnp.tile(jnp.array([1.0, 0]), (L, 2, 3))
   before = jax.tree.map(jnp.copy, LAYERS)
-  merged = lora.merge(LAYERS, tree, chosen=2)
+  merged = merge.merge(LAYERS, tree, chosen=2)
   x = jnp.arange(3.0 * D).reshape(3, D)
   for group, name in (("self_attn", "q_proj"), ("mlp", "up_proj")):
     at = lambda leaf: leaf[1]  # noqa: E731
@@ -84,4 +84,4 @@ def test_errors():
   with pytest.raises(ValueError, match="at least 1"):
     _make(rank=0)
   with pytest.raises(ValueError, match=r"holds 1\.\.2"):
-    lora.merge(LAYERS, _make(), chosen=3)
+    merge.merge(LAYERS, _make(), chosen=3)

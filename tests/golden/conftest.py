@@ -33,11 +33,12 @@ def _folders(directory: Path) -> list[Path]:
 
 
 def pytest_generate_tests(metafunc):
-  """`golden_set`: every folder of DIR; `lm_folder`: every folder of DIR/lm."""
+  """`golden_set`: folders of DIR; `lm_folder`, `imsm_folder`: of those."""
   directory = _directory(metafunc.config)
   for argument, parent in (
     ("golden_set", directory),
     ("lm_folder", directory / "lm"),
+    ("imsm_folder", directory / "imsm"),
   ):
     if argument in metafunc.fixturenames:
       found = _folders(parent)

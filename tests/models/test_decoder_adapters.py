@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.adapters import lora
+from jaxmem.adapters import lora, merge, trees
 from jaxmem.models import decoder
 from jaxmem.models.decoder import Prefix
 from tests.models import tiny
@@ -45,7 +45,7 @@ def _only(adapters, number):
 def test_equals_the_merged_weights(family):
   config, ids = tiny.FAMILIES[family], tiny.ids(2, 5)
   frozen, adapters = tiny.params(config), _adapters(family)
-  merged = frozen | {"layers": lora.merge(frozen["layers"], adapters)}
+  merged = frozen | {"layers": merge.merge(frozen["layers"], adapters)}
   got = _apply(config, frozen, ids, adapters=adapters)
   np.testing.assert_allclose(got, _apply(config, merged, ids), atol=2e-5)
   assert (jnp.abs(got - _apply(config, frozen, ids)).max(axis=-1) > 0.01).all()
@@ -125,7 +125,7 @@ def test_gradients_of_the_adapters_alone():
     return jnp.square(out.hidden - 1).mean()
 
   gradient = jax.grad(loss)(adapters)
-  moving = lora.trainable(adapters)
+  moving = trees.trainable(adapters)
   for moves, leaf in zip(
     jax.tree.leaves(moving), jax.tree.leaves(gradient), strict=True
   ):
