@@ -132,7 +132,7 @@ def budget_at(
   return jnp.asarray(kept, jnp.int32)[jnp.minimum(step, budget.total)]
 
 
-def is_allocation(budget: Budget, step: jax.Array | int) -> jax.Array:
+def is_allocation(budget: Budget, step: jax.Array | int) -> jax.Array | bool:
   """Say whether ranks are dealt out anew at a step: bool.
 
   Every `every` steps of the middle part, and at its end.

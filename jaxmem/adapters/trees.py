@@ -85,8 +85,15 @@ def kind_of(adapter: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def held(adapters: Mapping[str, Any]) -> int:
-  """Number n of adapters side by side."""
-  return jax.tree.leaves(dict(adapters))[0].shape[1]
+  """Number n of adapters side by side.
+
+  Raises:
+    ValueError: an empty tree.
+  """
+  leaves = jax.tree.leaves(dict(adapters))
+  if not leaves:
+    raise ValueError("the adapter tree is empty")
+  return leaves[0].shape[1]
 
 
 def select(adapters: Mapping[str, Any], chosen: int) -> dict[str, Any]:

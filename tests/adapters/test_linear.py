@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.adapters import linear
+from jaxmem.adapters.linear import column_norms, linear
 
 B, T, IN, OUT, A = 2, 3, 4, 5, 2
 
@@ -28,23 +28,46 @@ def _adapter(number=1):
   }
 
 
-def _loop(x, adapter, index):
-  """Each position by itself, in float64."""
+def _kinds(number=2):
+  """One adapter of every kind, all its leaves drawn."""
+  lora = _adapter(number)
+  columns = 1 + _draw(6, number, OUT)
+  return {
+    "lora": lora,
+    "masked": lora | {"mask": jnp.array([[1, 0, 1, 1, 0]] * number, "float32")},
+    "adalora": lora | {"lora_E": _draw(5, number, A)},
+    "dora": lora | {"magnitude": columns},
+    "ia3_out": {"ia3_out": columns},
+    "ia3_in": {"ia3_in": 1 + _draw(7, number, IN)},
+  }
+
+
+def _dense(adapter, chosen):
+  """Kernel and bias that an adapter amounts to, in float64."""
   weights = {k: np.asarray(v, np.float64) for k, v in _weights().items()}
+  kernel, bias = weights["kernel"], weights["bias"]
+  if chosen == 0:
+    return kernel, bias
+  own = {k: np.asarray(v[chosen - 1], np.float64) for k, v in adapter.items()}
+  if "lora_A" in own:
+    down = own["lora_A"] * own.get("lora_E", 1.0)
+    change = own["scale"] * (down @ own["lora_B"]) * own.get("mask", 1.0)
+    kernel = kernel + change
+  if "magnitude" in own:
+    kernel = own["magnitude"] * kernel / np.linalg.norm(kernel, axis=0)
+  kernel = kernel * own.get("ia3_out", 1.0)
+  kernel = kernel * own.get("ia3_in", np.ones(IN))[:, None]
+  return kernel, bias * own.get("ia3_out", 1.0)
+
+
+def _loop(x, adapter, index):
+  """Each position by itself."""
   x = np.asarray(x, np.float64)
-  out = x @ weights["kernel"] + weights["bias"]
+  out = np.zeros((*x.shape[:-1], OUT))
   index = np.broadcast_to(index, x.shape[:-1])
   for place in np.ndindex(index.shape):
-    chosen = index[place]
-    if chosen:
-      down, up, scale = (
-        np.asarray(adapter[key][chosen - 1], np.float64)
-        for key in ("lora_A", "lora_B", "scale")
-      )
-      change = scale * (x[place] @ down @ up)
-      if "mask" in adapter:
-        change = change * np.asarray(adapter["mask"][chosen - 1])
-      out[place] += change
+    kernel, bias = _dense(adapter, index[place])
+    out[place] = x[place] @ kernel + bias
   return out
 
 
@@ -65,12 +88,10 @@ def test_by_hand():
   [None, [2, 0], [[0, 1, 2], [2, 2, 0]]],
   ids=["one for all", "per row", "per position"],
 )
-@pytest.mark.parametrize("masked", [False, True])
-def test_equals_the_loop(index, masked):
+@pytest.mark.parametrize("kind", list(_kinds()))
+def test_equals_the_loop(index, kind):
   x, number = _draw(4, B, T, IN), 1 if index is None else 2
-  adapter = _adapter(number)
-  if masked:
-    adapter["mask"] = jnp.array([[1, 0, 1, 1, 0]] * number, jnp.float32)
+  adapter = _kinds(number)[kind]
   given = None if index is None else jnp.array(index)
   got = jax.jit(linear)(x, _weights(), adapter, given)
   wanted = 1 if index is None else np.array(index)
@@ -139,3 +160,47 @@ def test_errors():
   fails("holds 2 adapters", _adapter(2))
   fails(r"shape \(3,\)", _adapter(), jnp.zeros((3,), jnp.int32))
   fails(r"must be in \[0, 1\)", _adapter(), dropout=1.0)
+
+
+@pytest.mark.parametrize("kind", list(_kinds()))
+def test_index_0_is_the_base_model_exactly(kind):
+  x = _draw(4, B, T, IN)
+  index = jnp.array([0, 1])
+  got = linear(x, _weights(), _kinds()[kind], index)
+  np.testing.assert_array_equal(got[0], linear(x, _weights())[0])
+  assert (got[1] != linear(x, _weights())[1]).any()
+
+
+def test_the_norm_of_dora_has_no_gradient():
+  """With c = m / |W + s A B| held, only m and the low-rank term are moved."""
+  x, weights, adapter = _draw(4, B, IN), _weights(), _kinds(1)["dora"]
+  norm = column_norms(weights["kernel"], adapter)[0]
+
+  def by_hand(adapter):
+    factor = adapter["magnitude"][0] / norm
+    term = x @ adapter["lora_A"][0] @ adapter["lora_B"][0] * adapter["scale"][0]
+    product = x @ weights["kernel"]
+    factor = factor[None]
+    return product + (factor - 1) * product + factor * term
+
+  def loss(function):
+    return lambda adapter: jnp.square(function(adapter)).sum()
+
+  plain = {"kernel": weights["kernel"]}
+  got = jax.grad(loss(lambda adapter: linear(x, plain, adapter)))(adapter)
+  wanted = jax.grad(loss(by_hand))(adapter)
+  for key in ("lora_A", "lora_B", "magnitude"):
+    np.testing.assert_allclose(got[key], wanted[key], rtol=1e-4, atol=1e-4)
+    assert (got[key] != 0).any()
+  assert (got["scale"] == 0).all()
+
+
+def test_dropout_feeds_both_terms_of_dora():
+  x, adapter = jnp.ones((4, IN)), _kinds(1)["dora"]
+  key = jax.random.key(1)
+  got = linear(x, _weights(), adapter, rng=key, dropout=0.5)
+  dropped = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), x / 0.5, 0)
+  plain = {"kernel": _weights()["kernel"]}
+  change = linear(dropped, plain, adapter) - linear(dropped, plain)
+  wanted = linear(x, _weights()) + change
+  np.testing.assert_allclose(got, wanted, atol=1e-5)
