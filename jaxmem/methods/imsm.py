@@ -1,0 +1,234 @@
+"""IMSM: a frozen and a tuned branch of one model, interwoven by a gate.
+
+Source: Song et al., arXiv:2412.17383, and its code (ECNU-Text-Computing/IMSM).
+Both branches read the same tokens with the same weights; the tuned one has an
+adapter beside them. Their last states are fused (`memory/gate.py`) and go
+through the frozen head. Departures: the weights are held once, not twice; the
+gate works in float32; the state is fused at the label positions only; the
+frozen branch's states may come from a cache, since they never change.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmem.data.packing import PackedBatch
+from jaxmem.memory import gate
+from jaxmem.models import decoder
+from jaxmem.models.config import ModelConfig
+from jaxmem.models.generate import Readout
+from jaxmem.training.loss import token_nll
+from jaxmem.training.step import LossAux
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """How both branches are run and fused; hashable."""
+
+  config: ModelConfig
+  mode: str = "query_gate"
+  dtype: Any = jnp.float32  # of the stream
+  remat: bool = False  # of the tuned branch's layers; the frozen keeps nothing
+  chunk: int = 128  # label positions per row whose logits exist at a time
+  adapter_dropout: float = 0.0
+  gate_dropout: float = 0.0
+  gate_sites: tuple[str, ...] = gate.SITES
+  constrain: Callable[[Array], Array] | None = None  # parallel.make_constrain
+
+
+class Params(NamedTuple):
+  """What is trained; float32."""
+
+  adapters: Any  # of `jaxmem.adapters`, n = 1
+  gate: Any  # of `memory.gate`
+
+
+class Features(NamedTuple):
+  """What the loss needs of the frozen branch; it never changes."""
+
+  states: Float[Array, "R Q D"]  # at the label positions
+  queries: Float[Array, "R E D"]  # of every example's prompt
+
+
+def hidden(
+  model: Model,
+  base: Any,
+  batch: PackedBatch,
+  adapters: Any = None,
+  rng: Array | None = None,
+) -> Float[Array, "R S D"]:
+  """Run one branch: the frozen one, or with adapters the tuned one."""
+  return decoder.apply(
+    model.config,
+    base,
+    batch.ids,
+    positions=batch.positions,
+    segments=batch.segments,
+    adapters=adapters,
+    constrain=model.constrain,
+    remat=model.remat and adapters is not None,
+    rng=rng,
+    adapter_dropout=model.adapter_dropout if rng is not None else 0.0,
+    dtype=model.dtype,
+  ).hidden
+
+
+def prompt_mask(batch: PackedBatch) -> Bool[Array, "R E S"]:
+  """Say which tokens are the prompt of which example.
+
+  The prompt is everything up to the token whose logits predict the first label.
+  """
+  slots = jnp.arange(batch.example_id.shape[1])
+  length = batch.ids.shape[1]
+  mine = batch.label_slot[:, None, :] == slots[None, :, None]  # [R, E, Q]
+  index = jnp.where(mine, batch.label_index[:, None, :], length)
+  first = index.min(axis=-1, keepdims=True)
+  own = batch.segments[:, None, :] == slots[None, :, None] + 1
+  return own & (jnp.arange(length)[None, None] <= first)
+
+
+def features(batch: PackedBatch, states: Float[Array, "R S D"]) -> Features:
+  """Pick what the loss needs of a branch's states."""
+  index = jnp.where(batch.label_slot >= 0, batch.label_index, 0)
+  shares = gate.prompt_shares(prompt_mask(batch))
+  queries = jnp.einsum("res,rsd->red", shares, states.astype(jnp.float32))
+  return Features(
+    jnp.take_along_axis(states, index[..., None], axis=1), queries
+  )
+
+
+def make_loss(model: Model) -> Callable[..., tuple[Array, LossAux]]:
+  """Make the loss for `make_train_step`: nll of answers, a mean over labels.
+
+  Params are `Params`, frozen is the base; a batch is a PackedBatch, or a pair
+  of it and the frozen branch's Features.
+
+  Raises:
+    ValueError: a mode that does not exist.
+  """
+  gate.check_mode(model.mode)
+
+  def loss_fn(params, memory, base, batch, *, rng, gather):
+    del gather
+    keys = (None, None) if rng is None else tuple(jax.random.split(rng))
+    known = None
+    if not isinstance(batch, PackedBatch):
+      batch, known = batch
+    if known is None:
+      known = features(batch, hidden(model, base, batch))
+    known = jax.lax.stop_gradient(known)
+    tuned = features(
+      batch, hidden(model, base, batch, params.adapters, keys[0])
+    )
+    nll, hit, share = score_labels(model, base, params, batch, known, tuned,
+                                   keys[1])  # fmt: skip
+    valid = batch.label_slot >= 0
+    count = valid.sum()
+    metrics = {
+      "nll": (nll.sum(), count),
+      "hit": (hit.sum(), count),
+      "gate": (share, count),
+    }
+    return nll.sum(), LossAux(memory, count, metrics)
+
+  return loss_fn
+
+
+def score_labels(
+  model: Model,
+  base: Any,
+  params: Params,
+  batch: PackedBatch,
+  frozen: Features,
+  tuned: Features,
+  rng: Array | None = None,
+) -> tuple[Float[Array, "R Q"], Bool[Array, "R Q"], Float[Array, ""]]:
+  """Score every label by the fused states.
+
+  Returns: nats per label (0 where there is none), whether it has the largest
+    logit, and the sum over labels of the mean gate (0.5 each without a gate).
+  """
+  valid = batch.label_slot >= 0
+  slot = jnp.maximum(batch.label_slot, 0)[..., None]
+  query = jax.tree.map(
+    lambda leaf: jnp.take_along_axis(leaf, slot, axis=1),
+    gate.start(params.gate, model.mode, frozen.queries, tuned.queries),
+  )
+  fused = gate.fuse(
+    params.gate,
+    model.mode,
+    query,
+    frozen.states,
+    tuned.states,
+    rng=rng,
+    dropout=model.gate_dropout,
+    sites=model.gate_sites,
+  )
+  nll, hit = _chunked(model, base, fused.state, batch.labels)
+  share = 0.5 if fused.gate is None else fused.gate.mean(axis=-1)
+  return (
+    jnp.where(valid, nll, 0.0),
+    hit & valid,
+    jnp.where(valid, share, 0.0).sum(),
+  )
+
+
+def _chunked(model, base, states, labels):
+  """Cross-entropy piece by piece: logits never exist whole."""
+
+  def piece(_, args):
+    states, labels = args
+    scores = decoder.logits(model.config, base, states.astype(model.dtype))
+    hit = jnp.argmax(scores, axis=-1) == labels
+    return None, (token_nll(scores, labels), hit)
+
+  number = labels.shape[1]
+  if number <= model.chunk:
+    return piece(None, (states, labels))[1]
+  pieces = -(-number // model.chunk)
+  size = -(-number // pieces)
+
+  def cut(x):
+    fill = [(0, 0), (0, pieces * size - number)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, fill).reshape(x.shape[0], pieces, size, *x.shape[2:])
+    return x.swapaxes(0, 1)
+
+  _, found = jax.lax.scan(
+    jax.checkpoint(piece), None, (cut(states), cut(labels))
+  )
+  return jax.tree.map(
+    lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :number], found
+  )
+
+
+def make_readout(model: Model) -> Readout:
+  """Make what `generate` needs to run both branches in one pass.
+
+  Call it with readout_params = (base, gate parameters), adapters = the tuned
+  branch's, and adapter_index = `branch_index(B)`. The query is pooled over the
+  whole prompt once.
+  """
+  gate.check_mode(model.mode)
+
+  def begin(params, states, valid):
+    queries = gate.pool(
+      states, jnp.broadcast_to(valid[:, None], states.shape[:-1])
+    )
+    return gate.start(params[1], model.mode, queries[:, 0], queries[:, 1])
+
+  def scores(params, state, states):
+    fused = gate.fuse(params[1], model.mode, state, states[:, 0], states[:, 1])
+    return decoder.logits(
+      model.config, params[0], fused.state.astype(states.dtype)
+    )
+
+  return Readout(scores, begin, branches=2)
+
+
+def branch_index(batch: int) -> Int[Array, "C"]:
+  """Adapter of every row of a batch whose branches stand side by side."""
+  return jnp.tile(jnp.arange(2, dtype=jnp.int32), batch)
