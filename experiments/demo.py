@@ -42,8 +42,8 @@ def run_variants(workdir: pathlib.Path, stop: launch.Stop) -> bool:
     print(f"[{number}/{len(VARIANTS)}] REMIX, {name}", flush=True)
     config = configs.load(f"{CONFIG}:smoke")
     configs.apply(config, overrides | {"cache": "../stages"})
-    launch.write_records(config, folder)
-    with contextlib.redirect_stdout(io.StringIO()):  # its whole result.json
+    quiet = contextlib.redirect_stdout(io.StringIO())  # its whole result.json
+    with launch.records(config, folder), quiet:
       remix.run(config, folder, stop)
     if stop.requested:
       return False

@@ -163,6 +163,7 @@ def run_stage(
       rng=rng_steps,
       workdir=exp.workdir,
       stop=exp.stop,
+      key=key,
       profile=tuple(config.profile) if last and config.profile else None,
     )
     if trained is None:

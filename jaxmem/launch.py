@@ -9,7 +9,9 @@ An experiment is `run(config, workdir, stop)` and ends with `launch.main(run)`.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dis
+import fnmatch
 import importlib.metadata
 import json
 import logging
@@ -20,7 +22,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -31,6 +33,12 @@ from jaxmem import config as configs
 
 CONFIG_FILE = "config.json"  # the resolved config
 VERSIONS_FILE = "versions.json"  # packages, commit, command
+# Settings that a restart in the same workdir may have others of: they decide
+# how a run goes on or is looked at, not what is learned.
+MAY_CHANGE = (
+  "mesh.*", "eval.*", "profile", "export", "cache", "train.steps_per_call",
+  "train.save_steps", "train.log_steps",
+)  # fmt: skip
 EXIT_USAGE = 2
 EXIT_STOPPED = 128 + signal.SIGTERM  # what a shell says of a terminated job
 
@@ -225,25 +233,69 @@ def versions() -> dict:
   }
 
 
+def check_records(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """See that a used workdir holds a run with these settings.
+
+  Raises:
+    ValueError: the workdir is a file, or settings differ that decide what the
+      run computes; MAY_CHANGE says which do not.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"--workdir={workdir} is a file; give a directory")
+  path = workdir / CONFIG_FILE
+  if not path.exists():
+    return
+  before = configs.flatten(json.loads(path.read_text()))
+  now = configs.flatten(json.loads(config.to_json_best_effort()))
+  changed = []
+  for name in sorted(set(before) | set(now)):
+    old, new = before.get(name), now.get(name)
+    if old == new:
+      continue
+    if any(fnmatch.fnmatch(name, pattern) for pattern in MAY_CHANGE):
+      _log.warning("%s: %s was %r and is now %r", path, name, old, new)
+    else:
+      changed.append(f"{name} was {old!r} and is now {new!r}")
+  if changed:
+    raise ValueError(
+      f"{workdir} holds a run with other settings: {'; '.join(changed)}. Give "
+      "another --workdir, or delete this one"
+    )
+
+
 def write_records(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Write the resolved config and versions; say what a restart changes."""
+  """Write the resolved config and versions."""
   if jax.process_index() != 0:
     return
   workdir.mkdir(parents=True, exist_ok=True)
-  path = workdir / CONFIG_FILE
   resolved = json.loads(config.to_json_best_effort())
-  if path.exists():
-    before = configs.flatten(json.loads(path.read_text()))
-    now = configs.flatten(resolved)
-    for name in sorted(set(before) | set(now)):
-      if before.get(name) != now.get(name):
-        _log.warning(
-          "%s: %s was %r in this workdir and is now %r",
-          path, name, before.get(name), now.get(name),
-        )  # fmt: skip
-  path.write_text(json.dumps(resolved, indent=2, sort_keys=True) + "\n")
+  text = json.dumps(resolved, indent=2, sort_keys=True) + "\n"
+  (workdir / CONFIG_FILE).write_text(text)
   text = json.dumps(versions(), indent=2) + "\n"
   (workdir / VERSIONS_FILE).write_text(text)
+
+
+@contextlib.contextmanager
+def records(config: ConfigDict, workdir: pathlib.Path) -> Iterator[None]:
+  """Check and write records around a run; a refused run leaves none.
+
+  Raises:
+    ValueError: see `check_records`.
+  """
+  check_records(config, workdir)
+  paths = [workdir / name for name in (CONFIG_FILE, VERSIONS_FILE)]
+  before = [path.read_text() if path.exists() else None for path in paths]
+  write_records(config, workdir)
+  try:
+    yield
+  except ValueError:  # bad input: what was there is still true
+    if jax.process_index() == 0:
+      for path, text in zip(paths, before, strict=True):
+        if text is None:
+          path.unlink(missing_ok=True)
+        else:
+          path.write_text(text)
+    raise
 
 
 def _speaks_to_user(error: ValueError) -> bool:
@@ -290,8 +342,8 @@ def main(run: Run, argv: Sequence[str] | None = None) -> None:
     configs.apply(config, flags.overrides)
     use_compilation_cache(os.environ)
     stop = start_processes(flags, os.environ)
-    write_records(config, flags.workdir)
-    run(config, flags.workdir, stop)
+    with records(config, flags.workdir):
+      run(config, flags.workdir, stop)
   except ValueError as error:
     if not _speaks_to_user(error):
       traceback.print_exc()

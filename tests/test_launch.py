@@ -14,7 +14,8 @@ from jaxmem import launch
 
 CONFIG = (
   "from ml_collections import ConfigDict\n"
-  "def get_config(arg=''):\n  return ConfigDict({'a': 1})\n"
+  "def get_config(arg=''):\n"
+  "  return ConfigDict({'a': 1, 'mesh': ConfigDict({'data': 1})})\n"
 )
 
 
@@ -171,16 +172,46 @@ def test_main_runs_and_records(argv, tmp_path, caplog):
   ]  # fmt: skip
 
   caplog.clear()
-  with pytest.raises(SystemExit):
-    launch.main(run, argv)
-  assert "config.json: a was 5 in this workdir and is now 1" in caplog.text
+  with pytest.raises(SystemExit) as done:
+    launch.main(run, [*argv, "--config.a=5", "--config.mesh.data=2"])
+  assert done.value.code == 0
+  assert "config.json: mesh.data was 1 and is now 2" in caplog.text
 
   def stopped(config, workdir, stop):
     os.kill(os.getpid(), signal.SIGTERM)
 
   with pytest.raises(SystemExit) as done:
-    launch.main(stopped, argv)
+    launch.main(stopped, [*argv, "--config.a=5"])
   assert done.value.code == launch.EXIT_STOPPED
+
+
+def test_a_used_workdir_takes_no_other_settings(argv, tmp_path, capsys):
+  runs, out = [], tmp_path / "out"
+
+  def run(config, workdir, stop):
+    runs.append(config.a)
+    if config.a == 7:
+      raise ValueError("a is 7")
+
+  for arguments, code in (([], 0), (["--config.a=2"], 2), ([], 0)):
+    with pytest.raises(SystemExit) as done:
+      launch.main(run, [*argv, *arguments])
+    assert done.value.code == code
+  assert runs == [1, 1]
+  shown = capsys.readouterr().err
+  assert "a was 1 and is now 2. Give another --workdir" in shown
+  assert '"a": 1' in (out / "config.json").read_text()
+
+  # A refused run leaves no records, and a used workdir those it had.
+  fresh = [argv[0], f"--workdir={tmp_path / 'fresh'}"]
+  for arguments in ([*fresh, "--config.a=7"], fresh):
+    with pytest.raises(SystemExit):
+      launch.main(run, arguments)
+  assert runs == [1, 1, 7, 1]
+  with pytest.raises(SystemExit) as done:
+    launch.main(run, [argv[0], f"--workdir={tmp_path / 'c.py'}"])
+  assert done.value.code == 2
+  assert "c.py is a file; give a directory" in capsys.readouterr().err
 
 
 def test_main_shows_a_traceback_only_for_faults(argv, capsys):

@@ -172,6 +172,7 @@ def train_stage(
   rng: jax.Array,
   workdir: pathlib.Path,
   stop: Callable[[int], bool],
+  key: str = "",
   profile: tuple[int, int] | None = None,
 ) -> Trained | None:
   """Train one stage, from its last checkpoint if there is one.
@@ -186,9 +187,14 @@ def train_stage(
     rng: the run's key.
     workdir: of the run.
     stop: whether the run was asked to end.
+    key: of all that decides the stage's weights; a checkpoint of another one
+      is refused.
     profile: (first step, steps) to trace.
 
   Returns: None where the run was asked to end before the stage was done.
+
+  Raises:
+    ValueError: a checkpoint in the workdir is another stage's.
   """
   settings, epoch_steps = bench.training, data.order.steps_per_epoch
   longest = epoch_steps * settings.epochs
@@ -203,7 +209,10 @@ def train_stage(
   )  # fmt: skip
   compiled = bench.compile(program, method, state, data.sources)
   saves = loop.Checkpoints(
-    workdir / "stages" / name, every_steps=settings.save_steps, keep=1
+    workdir / "stages" / name,
+    every_steps=settings.save_steps,
+    keep=1,
+    fingerprint=key,
   )
   clock = Clock()
   stream = loop.Stream(data.batch_at, clock.position, clock.restore)

@@ -143,7 +143,7 @@ def save(
 
   Args:
     position: where the data stands, in json types.
-    fingerprint: names the model and compressor that the memory belongs to.
+    fingerprint: names what the state belongs to (settings, data, model).
 
   Returns:
     The directory. Every process calls this; process 0 renames and removes.
@@ -267,9 +267,9 @@ def _restore_one(root, step, target, fingerprint):
   record, stored = _read_record(directory, step)
   if record["fingerprint"] != fingerprint:
     raise ValueError(
-      f"checkpoint {directory} holds the memory of "
-      f"{record['fingerprint']!r}, this run is {fingerprint!r}: use the model "
-      "and compressor it was written with, or another workdir"
+      f"checkpoint {directory} was made with other settings, data or model "
+      f"({record['fingerprint']!r}; this run has {fingerprint!r}): use those "
+      "it was made with, or another --workdir"
     )
   wanted = _items(_storable(target))
   for name in sorted(set(wanted) | set(stored)):

@@ -22,7 +22,7 @@ class Checkpoints(NamedTuple):
   root: pathlib.Path
   every_steps: int = 0  # 0: only at the end and when stopped
   keep: int = 3
-  fingerprint: str = ""  # of the model the memory belongs to
+  fingerprint: str = ""  # of what the state belongs to
 
 
 class Event(NamedTuple):

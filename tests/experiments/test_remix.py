@@ -160,6 +160,15 @@ def test_two_stages_restarted_at_any_place_end_as_one_run(run, tmp_path):
   assert set(metrics["world"]) == {"Accuracy", "ROUGE_L"}
 
 
+def test_a_used_workdir_is_not_gone_on_with_by_another_run(run, tmp_path):
+  settings = {"eval.generate": False, "eval.probes": False}
+  run(tmp_path / "run", **settings)
+  with pytest.raises(ValueError, match="made with other settings, data or mod"):
+    run(tmp_path / "run", seed=1, **settings)
+  alone = run(tmp_path / "other", seed=1, **settings)
+  assert "from_cache" not in alone["stages"]["a"], "no other run's weights"
+
+
 def test_kill_9_and_restart_end_as_an_unbroken_run(run, model_dir, tmp_path):
   settings = {"eval.generate": False, "eval.probes": False}
   for name in ("a", "b"):  # each with a cache of its own beside the run

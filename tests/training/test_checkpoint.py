@@ -185,7 +185,7 @@ def test_an_undamaged_checkpoint_of_another_run_is_an_error(root):
   for message, target in cases.items():
     with pytest.raises(ValueError, match=message):
       restore(root, target)
-  with pytest.raises(ValueError, match="memory of 'tiny', this run is 'other'"):
+  with pytest.raises(ValueError, match="'tiny'; this run has 'other'"):
     checkpoint.restore(root, state, fingerprint="other")
   with pytest.raises(ValueError, match="keep must be at least 1"):
     checkpoint.save(root, state, keep=0)
