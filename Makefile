@@ -25,7 +25,7 @@ demo: $(STAMP)  ## run the methods on the embedded model: a table and plots
 	$(RUN) -m experiments.demo $(ARGS)
 
 test: $(DEV_STAMP) lint  ## lint, then all tests (ARGS="-k bank" for some)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n logical --maxprocesses=4 --dist=loadfile $(ARGS)
 
 lint: $(DEV_STAMP)  ## ruff: rules and format
 	$(RUN) -m ruff check .

@@ -11,7 +11,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -234,6 +234,18 @@ def peer_python(given: str | None) -> str | None:
     return given
   has_both = find_spec("torch") is not None and find_spec("transformers")
   return sys.executable if has_both else None
+
+
+def run(main: Callable[[Sequence[str]], Any]) -> None:
+  """Run a benchmark's `main` from the command line, and exit.
+
+  2 and one line at bad input.
+  """
+  try:
+    main(sys.argv[1:])
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 def write(path: str | None, result: Mapping[str, Any]) -> None:

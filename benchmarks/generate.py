@@ -11,7 +11,6 @@ any number of prompts, pads to its bucket instead).
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -148,4 +147,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  contest.run(main)

@@ -15,7 +15,6 @@ comes out.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -81,6 +80,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if getattr(args, name) < 1:
       parser.error(f"--{name.replace('_', '-')} must be at least 1")
   args.layouts = args.layouts.split(",")
+  try:
+    lengths = [int(part) for part in (args.utilisation or "1").split(",")]
+  except ValueError:
+    lengths = [0]
+  if min(lengths) < 1:
+    parser.error(
+      f"--utilisation={args.utilisation}: give lengths, as 1024,4096"
+    )
   if unknown := set(args.layouts) - set(mixes.LAYOUTS):
     parser.error(f"--layouts: {sorted(unknown)} not among {mixes.LAYOUTS}")
   return args
@@ -200,4 +207,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  contest.run(main)

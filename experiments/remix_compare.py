@@ -65,7 +65,8 @@ def find_reference(rows: Sequence[Row], text: str) -> Row:
   if len(found) != 1:
     raise ValueError(
       f"--to={text!r} names {len(found)} of {len(rows)} rows; give the name of "
-      "one as the table has it, or settings that it alone has, as KEY=VALUE,.."
+      "one, or settings that it alone has, as KEY=VALUE,..; they are called: "
+      + "; ".join(row.name for row in rows)
     )
   return found[0]
 

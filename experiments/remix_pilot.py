@@ -71,10 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("root", type=pathlib.Path, help="workdir of the sweep")
   parser.add_argument(
-    "--output",
-    type=pathlib.Path,
-    default=pathlib.Path("configs/remix_pilot.json"),
-    help="file to write (default configs/remix_pilot.json)",
+    "--output", type=pathlib.Path, help="file (default ROOT/remix_pilot.json)"
   )
   flags = parser.parse_args(argv)
   try:
@@ -91,8 +88,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   chosen = choose(found)
   record = {"rule": " ".join(__doc__.split("The rule, ")[1].split())}
   record |= {"chosen": chosen, "cells": found}
-  flags.output.write_text(json.dumps(record, indent=2) + "\n")
-  print(f"\nchosen: {chosen}\n{flags.output}")
+  output = flags.output or flags.root / "remix_pilot.json"
+  output.write_text(json.dumps(record, indent=2) + "\n")
+  print(f"\nchosen: {chosen}\n{output}")
   return 0
 
 

@@ -113,6 +113,8 @@ def write_report(
   text += "\nMean ± standard deviation over runs that differ in seeds only.\n"
   if omitted := len(set(known)) - len(columns):
     text += f"{omitted} more columns: --columns='*' shows all.\n"
+  for note in dict.fromkeys(run.note for run in runs if run.note):
+    text += f"Note: {note}.\n"
   if usual := ", ".join(f"{k}={v}" for k, v in rows[0].usual.items()):
     text += f"Plots name rows by what is not usual in them ({usual}).\n"
   text += unfinished(runs)

@@ -30,6 +30,7 @@ class Run(NamedTuple):
   overrides: dict[str, Any]
   config: dict[str, Any]  # flat
   result: dict[str, float] | None  # flat; None while it is not done
+  note: str  # what must be said of the result beside its numbers
   curves: dict[str, dict[int, float]]  # metric -> step -> value
 
 
@@ -93,6 +94,7 @@ def read_run(workdir: pathlib.Path) -> Run:
     point.get("overrides", {}),
     flatten(_read(workdir / CONFIG_FILE) or {}),
     None if result is None else _numbers(flatten(result)),
+    (result or {}).get("note", ""),
     dict(curves),
   )
 

@@ -1,14 +1,13 @@
 """Run every point of a config's sweep on this machine, or print the commands.
 
     python -m experiments.sweep --config=configs/remix.py:tiny \\
-        --workdir=out/remix_tiny --jobs=2 [--config.seed=1 ..]
+        --workdir=out/remix_tiny --jobs=2 [--config.train.epochs=30 ..]
 
 A point is one set of overrides from the config file's `get_sweep()`. It runs
 as a process of its own, `python -m experiments.NAME` with NAME that of the
-config file, in WORKDIR/<its overrides>, with its output in log.txt there. It
-is done when the experiment has left result.json; the same command again runs
-what is not done. Ctrl-C or SIGTERM lets the running points save and end, a
-second one kills them. --print prints the commands instead, for a cluster.
+config file, in WORKDIR/<its overrides>, with its output in log.txt there, and
+is done when result.json is there; the same command runs what is not. SIGTERM or
+Ctrl-C lets running points save and end, twice kills. --print: commands alone.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from jaxmem import config as configs
@@ -86,8 +86,7 @@ def make_points(
 
   Raises:
     ValueError: no sweep in the file, a key that the config lacks, a value of
-      another type, two equal points, or a point that was done by another
-      command.
+      another type, two equal points, or a point that another command did.
   """
   shared = {}
   for flag in overrides:
@@ -176,13 +175,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   """
   flags, overrides = _parse_flags(argv)
   workdir = pathlib.Path(flags.workdir)
-  stem = pathlib.Path(flags.config.partition(":")[0]).stem
   try:
     points = make_points(
-      flags.config,
-      workdir,
-      experiment=flags.experiment or f"experiments.{stem}",
-      overrides=overrides,
+      flags.config, workdir, experiment=flags.experiment, overrides=overrides
     )
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
@@ -224,6 +219,11 @@ def _parse_flags(argv):
   flags, overrides = parser.parse_known_args(argv)
   if flags.jobs < 1:
     parser.error(f"--jobs is {flags.jobs}: need at least 1")
+  if not flags.experiment:
+    stem = pathlib.Path(flags.config.partition(":")[0]).stem
+    flags.experiment = f"experiments.{stem}"
+    if find_spec(flags.experiment) is None:
+      parser.error(f"there is no module {flags.experiment}: give --experiment")
   return flags, overrides
 
 

@@ -47,7 +47,8 @@ class BadRows:
     """Take one bad row: raise its error, or count it."""
     if self.on_error == "raise":
       raise RowError(
-        f"{error}; correct the row, or set on_error=skip to leave it out"
+        f"{error}; correct the row, or set on_error=skip to leave it out "
+        "(--config.data.on_error=skip)"
       ) from error
     self.skipped += 1
     if len(self.notes) < MAX_NOTES:
@@ -141,6 +142,7 @@ def build(
   bad: BadRows,
   *,
   first_id: int = 0,
+  source: str = "the source",
 ) -> tuple[list[Example], int]:
   """Turn rows into examples, numbered from `first_id` without gaps.
 
@@ -149,6 +151,7 @@ def build(
     convert: (row, id) -> example, or None where the set's own definition
       leaves the row out (a passage that is too short).
     bad: takes the malformed rows.
+    source: where the rows are from, for the error of an empty set.
 
   Returns:
     examples, and the number of rows left out by definition.
@@ -157,7 +160,7 @@ def build(
     RowError: a malformed row, unless `bad` skips them.
     ValueError: not one row is left.
   """
-  examples, seen, left_out, file = [], 0, 0, "the source"
+  examples, seen, left_out, file = [], 0, 0, source
   for row in rows:
     seen, file = seen + 1, row.file
     try:

@@ -210,7 +210,9 @@ def load(
   if data_set.documents is not None:
     raw = itertools.islice(raw, data_set.documents)
   convert = _bind(name, data_set, options, generated)
-  examples, left_out = rows.build(raw, convert, bad, first_id=first_id)
+  examples, left_out = rows.build(
+    raw, convert, bad, first_id=first_id, source=str(source or name)
+  )
   counts = {"skipped": bad.skipped, "left_out": left_out}
   if data_set.kind == "factoid":
     if unique:

@@ -7,10 +7,11 @@ import pathlib
 from ml_collections import ConfigDict
 
 from jaxmem import config as configs
-from jaxmem.data import packing, stages
+from jaxmem.data import loader, order, packing, rows, stages
 from jaxmem.data.records import Example
 from jaxmem.methods import baselines, chain, remix
 from jaxmem.methods.remix_setup import Base, Sets, set_names
+from jaxmem.training import optimizer
 
 MATCHES = ("steps", "tokens")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -28,6 +29,22 @@ def plan(config: ConfigDict) -> tuple[chain.StagePlan, ...]:
   remix.check("train.param_dtype", train.param_dtype, remix.PARAM_DTYPES)
   remix.check("train.compute_dtype", train.compute_dtype, COMPUTE_DTYPES)
   remix.check("match.what", config.match.what, MATCHES)
+  remix.check("train.layout", train.layout, loader.LAYOUTS)
+  remix.check("train.composition", train.composition, order.COMPOSITIONS)
+  remix.check("train.schedule", train.schedule, optimizer.SCHEDULES)
+  remix.check("method.name", method.name, (*baselines.METHODS, "joint"))
+  remix.check("data.on_error", config.data.on_error, rows.ON_ERROR)
+  for name in ("train.epochs", "train.batch_size", "data.size"):
+    group, key = name.split(".")
+    if config[group][key] < 1:
+      raise ValueError(f"{name} is {config[group][key]}; it must be at least 1")
+  if not train.rate > 0:
+    raise ValueError(f"train.rate is {train.rate}; it must be above 0")
+  if not 0 <= config.replay.share <= 1:
+    raise ValueError(
+      f"replay.share is {config.replay.share}; it must be from 0 to 1, a share "
+      "of all earlier rows"
+    )
   for name, allowed in (
     ("kl_inputs", baselines.KL_INPUTS),
     ("fisher_labels", baselines.FISHER_LABELS),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,8 @@ from jaxmem.training import checkpoint
 from jaxmem.training.logging import Logger
 from jaxmem.training.parallel import Compiled
 from jaxmem.training.step import TrainState
+
+_log = logging.getLogger(__name__)
 
 
 class Checkpoints(NamedTuple):
@@ -104,7 +107,7 @@ class _Profile:
 
   def __init__(self, profile, directory):
     self.marks = () if profile is None else (profile[0], sum(profile))
-    self._directory, self._on = directory, False
+    self._directory, self._on, self._done = directory, False, False
 
   def at(self, step, state):
     if not self.marks:
@@ -114,12 +117,20 @@ class _Profile:
       self.end()
     elif not self._on and self.marks[0] <= step < self.marks[1]:
       jax.profiler.start_trace(str(self._directory))
-      self._on = True
+      self._on = self._done = True
 
   def end(self):
     if self._on:
       jax.profiler.stop_trace()
       self._on = False
+
+  def report(self, steps):
+    """Warn where the steps to be traced never came."""
+    if self.marks and not self._done:
+      _log.warning(
+        "no trace was written: the profile starts at step %d, and this run "
+        "ended at step %d", self.marks[0], steps,
+      )  # fmt: skip
 
 
 class _Run:
@@ -246,6 +257,7 @@ def train(
     run.save()
   finally:
     tracer.end()
+  tracer.report(run.step)
   return Trained(run.state, finished=not stopped)
 
 

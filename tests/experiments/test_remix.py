@@ -351,7 +351,7 @@ def test_wrong_settings_are_found_before_anything_is_done(
 ):
   for changes, message in (
     ({"data.b": "", "data.c": "world"}, "no stage may be left out"),
-    ({"method.name": "ewcc"}, "method is 'ewcc'; allowed"),
+    ({"method.name": "ewcc"}, "method.name is 'ewcc'; allowed"),
     ({"method.name": "ewc"}, "strength 0.0, which is naive training"),
     (
       {
@@ -415,7 +415,7 @@ def test_a_run_as_long_as_another(model_dir, tmp_path):
 @pytest.mark.parametrize(
   "changes, message",
   [
-    ({"method.name": "ewcc"}, "method is 'ewcc'; allowed: naive, ewc"),
+    ({"method.name": "ewcc"}, "method.name is 'ewcc'; allowed: naive, ewc"),
     ({"method.kl_inputs": "all"}, "method.kl_inputs is 'all'; allowed: main"),
     ({"method.fisher_labels": "x"}, "fisher_labels is 'x'; allowed: sampled"),
     ({"mix.source": "none,randm"}, "mix source 'randm' is unknown; allowed"),
