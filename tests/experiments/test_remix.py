@@ -427,6 +427,13 @@ def test_a_run_as_long_as_another(model_dir, tmp_path):
     ({"train.param_dtype": "int8"}, "param_dtype is 'int8'; allowed: float32"),
     ({"train.compute_dtype": "f32"}, "compute_dtype is 'f32'; allowed: float3"),
     ({"match.what": "seconds"}, "match.what is 'seconds'; allowed: steps"),
+    ({"train.epochs": 0}, "train.epochs is 0; it must be at least 1"),
+    ({"data.size": 0}, "data.size is 0; it must be at least 1"),
+    ({"train.rate": 0.0}, "train.rate is 0.0; it must be above 0"),
+    ({"train.layout": "rows"}, "train.layout is 'rows'; allowed: packed"),
+    ({"train.schedule": "step"}, "train.schedule is 'step'; allowed: const"),
+    ({"replay.share": 2.0}, "replay.share is 2.0; it must be from 0 to 1"),
+    ({"data.on_error": "no"}, "data.on_error is 'no'; allowed: raise, skip"),
   ],
 )
 def test_a_wrong_value_of_any_stage_stops_before_anything_is_loaded(

@@ -89,6 +89,15 @@ def test_columns_curves_and_scatter_are_chosen(run, tmp_path):
       report.write_report(found, tmp_path / "r", **options)
 
 
+def test_what_must_be_said_of_results_is_said(run, tmp_path, capsys):
+  for seed in (0, 1):
+    result = {"score": 0.0, "note": "pipeline check: not trained for this"}
+    run(f"seed={seed}", config={"seed": seed}, result=result)
+  assert report.main([str(tmp_path / "out")]) == 0
+  shown = capsys.readouterr().out
+  assert shown.count("Note: pipeline check: not trained for this.") == 1
+
+
 def test_before_anything_is_done(run, tmp_path):
   run("a", config={"seed": 0})
   found = runs.find_runs([tmp_path / "out"])

@@ -120,6 +120,13 @@ def test_a_bad_point_stops_before_anything_runs(make, tmp_path, capsys):
   assert not (tmp_path / "out").exists()
 
 
+def test_a_config_without_an_experiment_of_its_name(make, capsys):
+  with pytest.raises(SystemExit) as done:
+    sweep.main(make()[:2])
+  assert done.value.code == 2
+  assert "no module experiments.tiny: give --exper" in capsys.readouterr().err
+
+
 def test_what_another_command_did_is_not_taken_for_done(make, capsys):
   flags = make([{"seed": 1}])
   assert sweep.main(flags) == 0

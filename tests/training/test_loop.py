@@ -124,12 +124,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(compiled, tmp_path):
   assert checkpoint.steps(saves.root) == [4], "nothing bad is saved"
 
 
-def test_a_profile_of_those_steps_is_written(compiled, tmp_path):
+def test_a_profile_of_those_steps_is_written(compiled, tmp_path, caplog):
   train(
     compiled[8], tmp_path, total_steps=6, profile=(2, 2),
     profile_dir=tmp_path / "profile",
   )  # fmt: skip
   assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+  late = tmp_path / "late"
+  train(
+    compiled[8], late, total_steps=6, profile=(9, 2), profile_dir=late / "p"
+  )
+  assert "starts at step 9, and this run ended at step 6" in caplog.text
   with pytest.raises(ValueError, match="profile needs profile_dir"):
     train(compiled[8], tmp_path, total_steps=6, profile=(2, 2))
 
