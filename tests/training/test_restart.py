@@ -42,7 +42,7 @@ def start(tmp_path_factory):
     command = [
       sys.executable, "-m", "tests.training.tiny_run",
       f"--config=tests/training/tiny_config.py:per_call={per_call}",
-      f"--workdir={workdir}", f"--config.die={die}",
+      f"--workdir={workdir}",
     ]  # fmt: skip
     if processes > 1:
       command += [f"--coordinator_address=localhost:{free_port()}"]
@@ -50,7 +50,7 @@ def start(tmp_path_factory):
     running = [
       subprocess.Popen(
         command + [f"--process_id={i}"] * (processes > 1), cwd=ROOT,
-        env=environ, stderr=subprocess.PIPE, text=True,
+        env=environ | {"DIE": die}, stderr=subprocess.PIPE, text=True,
       )
       for i in range(processes)
     ]  # fmt: skip
@@ -79,8 +79,12 @@ def unbroken(start, tmp_path_factory):
 
 @pytest.mark.parametrize(
   ("per_call", "die"),
-  [(1, f"kill {random.randrange(7, 40)}"), (8, "save 18")],
-  ids=["in a step", "in a save, 8 steps a call"],
+  [
+    (1, f"kill {random.randrange(7, 40)}"),
+    (8, f"kill {random.randrange(7, 40)}"),
+    (8, "save 18"),
+  ],
+  ids=["in a step", "in a call of 8", "in a save, 8 steps a call"],
 )
 def test_kill_9_and_restart_ends_bit_equal(
   start, unbroken, tmp_path, per_call, die

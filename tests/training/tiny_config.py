@@ -12,6 +12,5 @@ def get_config(arg=""):
       "seed": 0,
       "train": {"steps": 40, "steps_per_call": arg.per_call},
       "save_steps": 6,
-      "die": "",  # kill STEP | term STEP | save STEP
     }
   )

@@ -1,4 +1,7 @@
-"""A whole run in a process of its own, which ends itself as it is told to."""
+"""A whole run in a process of its own, which ends itself as it is told to.
+
+DIE in the environment says how: kill STEP, term STEP or save STEP.
+"""
 
 import os
 import random
@@ -41,7 +44,7 @@ def end_at(how, number, rows):
 def run(config, workdir, stop):
   if config.train.steps < 1:
     raise ValueError(f"train.steps must be at least 1: {config.train.steps}")
-  how, _, number = config.die.partition(" ")
+  how, _, number = os.environ.get("DIE", "").partition(" ")
   processes = jax.process_count()
   mesh = parallel.make_mesh(processes, devices=jax.devices()[:processes])
   rows = parallel.local_rows(mesh, 8)
