@@ -12,6 +12,8 @@ from jaxmem.data import packing
 from jaxmem.memory import gate
 from jaxmem.methods import imsm
 from jaxmem.models import decoder, generate
+from jaxmem.training import optimizer
+from jaxmem.training.step import init_state, make_train_step
 from tests.models import tiny
 
 CONFIG = tiny.FAMILIES["llama"]
@@ -244,6 +246,78 @@ def test_answers_with_a_cache_are_those_of_teacher_forcing(mode):
     scores = decoder.logits(CONFIG, BASE, fused.state)[0]
     wanted = scores[len(prompt) - 1 : -1].argmax(axis=-1)
     np.testing.assert_array_equal(out.tokens[row], wanted)
+
+
+def _train(model, params, tx, *, memory=(), post_update=None, steps=4):
+  """States after every step on one batch."""
+  advance = jax.jit(
+    make_train_step(imsm.make_loss(model), tx, post_update=post_update)
+  )
+  state, batch, states = init_state(params, tx, memory), _batch(), []
+  for number in range(steps):
+    state, _ = advance(state, BASE, batch, jax.random.key(number))
+    states.append(state)
+  return states
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gate_has_a_rate_of_its_own(kind):
+  """Adam's first steps are as long as the rate; the first rate is 0."""
+  schedule = optimizer.make_schedule(
+    "cosine", 1e-3, total_steps=10, warmup_steps=2
+  )
+  params, model = _params(kind), imsm.Model(CONFIG)
+  tx = imsm.make_optimizer(params, schedule, gate_scale=10, weight_decay=0.0)
+  first, second = _train(model, params, tx, steps=2)
+  jax.tree.map(np.testing.assert_array_equal, first.params, params)
+  moved = jax.tree.map(
+    lambda a, b: float(jnp.abs(a - b).max()), second.params, params
+  )
+  for name in ("down", "up"):
+    np.testing.assert_allclose(moved.gate[name], 5e-3, rtol=1e-2)
+  for leaves in (
+    x for names in moved.adapters.values() for x in names.values()
+  ):
+    for key, length in leaves.items():
+      wanted = 0 if key in trees.FIXED else 5e-4
+      np.testing.assert_allclose(length, wanted, rtol=1e-2)
+
+
+def test_modes_without_a_gate_train_the_adapter_alone():
+  params = _params(mode="avg")
+  tx = imsm.make_optimizer(params, lambda step: 1e-2)
+  states = _train(imsm.Model(CONFIG, "avg"), params, tx)
+  before, after = params, states[-1].params
+  assert after.gate == {}
+  leaf = after.adapters["self_attn"]["q_proj"]["lora_A"]
+  assert (leaf != before.adapters["self_attn"]["q_proj"]["lora_A"]).any()
+
+
+def test_adalora_in_full_follows_its_budget():
+  budget = adalora.Budget(3, 1, warmup=1, final=2, every=1, total=6)
+  params = _params("adalora")
+  model = imsm.Model(CONFIG, orthogonality=0.5)
+  tx = imsm.make_optimizer(params, lambda step: 1e-2)
+  states = _train(
+    model, params, tx, memory=adalora.start(params.adapters),
+    post_update=imsm.make_post_update(budget), steps=7,
+  )  # fmt: skip
+  matrices = len(TARGETS) * CONFIG.num_layers
+  live = [
+    sum(
+      int((x["lora_E"] != 0).sum())
+      for names in state.params.adapters.values()
+      for x in names.values()
+    )
+    for state in states
+  ]
+  wanted = [int(adalora.budget_at(budget, step, matrices)) for step in range(7)]
+  assert live == wanted and live[0] == 3 * matrices and live[-1] == matrices
+  released = _loss(imsm.Model(CONFIG), params, _batch())
+  added = _loss(model, params, _batch()) - released
+  np.testing.assert_allclose(
+    added, 0.5 * adalora.orthogonality(params.adapters), rtol=1e-4
+  )
 
 
 def test_a_mode_that_does_not_exist():
