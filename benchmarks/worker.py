@@ -24,6 +24,8 @@ CONTESTANTS = {
   "train-pytorch": "benchmarks.train_pytorch:TrainPytorch",
   "generate-jaxmem": "benchmarks.generate_jaxmem:GenerateJaxmem",
   "generate-hf": "benchmarks.generate_hf:GenerateHf",
+  "decode-imsm": "benchmarks.imsm_jaxmem:DecodeImsm",
+  "train-imsm": "benchmarks.imsm_jaxmem:TrainImsm",
 }
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
