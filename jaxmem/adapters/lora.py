@@ -24,6 +24,7 @@ def init(
   rng: jax.Array,
   number: int = 1,
   rank_stabilized: bool = False,
+  dora: bool = False,
   dtype=jnp.float32,
 ) -> dict[str, Any]:
   """Draw adapters that change nothing yet.
@@ -39,9 +40,11 @@ def init(
     rng: consumed once.
     number: n adapters side by side.
     rank_stabilized: scale by alpha / sqrt(rank) instead.
+    dora: learn the columns' lengths apart, from those they have: kernels must
+      be arrays then.
 
   Returns: {group: {name: {"lora_A" [L, n, in, A], "lora_B" [L, n, A, out],
-    "scale" [L, n]}}}.
+    "scale" [L, n]}}}, and "magnitude" [L, n, out] with dora.
 
   Raises:
     ValueError: a target that no layer has, or a rank or number below 1.
@@ -54,7 +57,7 @@ def init(
   for (group, name), (index, kernel) in chosen.items():
     depth, width, out = kernel.shape
     limit = 1 / math.sqrt(width)
-    tree.setdefault(group, {})[name] = {
+    adapter = tree.setdefault(group, {})[name] = {
       "lora_A": jax.random.uniform(
         jax.random.fold_in(rng, index),
         (depth, number, width, rank),
@@ -65,40 +68,8 @@ def init(
       "lora_B": jnp.zeros((depth, number, rank, out), dtype),
       "scale": jnp.full((depth, number), scale, dtype),
     }
-  return tree
-
-
-def init_dora(
-  layers: Mapping[str, Any],
-  targets: Sequence[str],
-  rank: int,
-  *,
-  alpha: float | int,
-  rng: jax.Array,
-  number: int = 1,
-  rank_stabilized: bool = False,
-  dtype=jnp.float32,
-) -> dict[str, Any]:
-  """Draw adapters as `init` does, and give every column its present length.
-
-  Args:
-    layers: as in `init`, but arrays: the lengths are read from the kernels.
-
-  Returns: as `init`, with "magnitude" [L, n, out] besides.
-  """
-  tree = init(
-    layers,
-    targets,
-    rank,
-    alpha=alpha,
-    rng=rng,
-    number=number,
-    rank_stabilized=rank_stabilized,
-    dtype=dtype,
-  )
-  for (group, name), (_, kernel) in trees.kernels(layers, targets).items():
-    adapter = tree[group][name]
-    adapter["magnitude"] = norms(kernel, adapter).astype(dtype)
+    if dora:
+      adapter["magnitude"] = norms(kernel, adapter).astype(dtype)
   return tree
 
 

@@ -25,7 +25,7 @@ from jaxmem.models import decoder
 from jaxmem.models.config import ModelConfig
 from jaxmem.models.generate import Readout
 from jaxmem.training import optimizer
-from jaxmem.training.loss import token_nll
+from jaxmem.training.loss import cross_entropy
 from jaxmem.training.step import LossAux, StepAux, TrainState
 
 
@@ -241,41 +241,20 @@ def score_labels(
     dropout=model.gate_dropout,
     sites=model.gate_sites,
   )
-  nll, hit = _chunked(model, base, fused.state, batch.labels)
+  index = jnp.arange(batch.labels.shape[1], dtype=jnp.int32)
+  nll, hit = cross_entropy(
+    lambda states: decoder.logits(model.config, base, states),
+    fused.state.astype(model.dtype),
+    jnp.broadcast_to(
+      index, batch.labels.shape
+    ),  # they are in the labels' order
+    batch.labels,
+    valid,
+    chunk=model.chunk,
+    constrain=model.constrain,
+  )
   share = 0.5 if fused.gate is None else fused.gate.mean(axis=-1)
-  return (
-    jnp.where(valid, nll, 0.0),
-    hit & valid,
-    jnp.where(valid, share, 0.0).sum(),
-  )
-
-
-def _chunked(model, base, states, labels):
-  """Cross-entropy piece by piece: logits never exist whole."""
-
-  def piece(_, args):
-    states, labels = args
-    scores = decoder.logits(model.config, base, states.astype(model.dtype))
-    hit = jnp.argmax(scores, axis=-1) == labels
-    return None, (token_nll(scores, labels), hit)
-
-  number = labels.shape[1]
-  if number <= model.chunk:
-    return piece(None, (states, labels))[1]
-  pieces = -(-number // model.chunk)
-  size = -(-number // pieces)
-
-  def cut(x):
-    fill = [(0, 0), (0, pieces * size - number)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, fill).reshape(x.shape[0], pieces, size, *x.shape[2:])
-    return x.swapaxes(0, 1)
-
-  _, found = jax.lax.scan(
-    jax.checkpoint(piece), None, (cut(states), cut(labels))
-  )
-  return jax.tree.map(
-    lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :number], found
-  )
+  return nll, hit, jnp.where(valid, share, 0.0).sum()
 
 
 def make_readout(model: Model) -> Readout:

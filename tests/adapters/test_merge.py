@@ -34,8 +34,10 @@ def _start(kind, number=2):
     return ia3.init(LAYERS, TARGETS, ("down_proj",), number=number)
   if kind == "adalora":
     return adalora.init(LAYERS, TARGETS, 3, **given)
-  make = lora.init_dora if kind == "dora" else lora.init
-  return make(LAYERS, TARGETS, 3, **given, rank_stabilized=kind == "rslora")
+  return lora.init(
+    LAYERS, TARGETS, 3, **given, rank_stabilized=kind == "rslora",
+    dora=kind == "dora",
+  )  # fmt: skip
 
 
 def _moved(kind, number=2):

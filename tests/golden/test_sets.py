@@ -22,8 +22,7 @@ def test_set_is_checked(golden_set):
   module = METHODS.get(name)
   if module is None:
     pytest.skip(f"{name}/ is no known set; known: {', '.join(METHODS)}")
-  if (Path(__file__).parent / f"test_{name}.py").is_file():
-    return
-  if importlib.util.find_spec(module) is None:
+  tests = Path(__file__).parent / f"test_{name}.py"
+  if not tests.is_file() and importlib.util.find_spec(module) is None:
     pytest.skip(f"{name}/ waits for {module}, which does not exist yet")
-  pytest.fail(f"{module} exists, so tests/golden/test_{name}.py must")
+  assert tests.is_file(), f"{module} exists, so {tests.name} must"

@@ -29,8 +29,7 @@ def _adapter(kind, *, moved=True):
   elif kind == "adalora":
     tree = adalora.init(BASE["layers"], TARGETS, 3, **given)
   else:
-    make = lora.init_dora if kind == "dora" else lora.init
-    tree = make(BASE["layers"], TARGETS, 3, **given)
+    tree = lora.init(BASE["layers"], TARGETS, 3, **given, dora=kind == "dora")
   if not moved:
     return tree
   return jax.tree.map(
@@ -99,7 +98,7 @@ def _gradient(model, params, batch):
   )
 
 
-def _close(a, b, atol=1e-5):
+def _assert_close(a, b, atol=1e-5):
   jax.tree.map(
     lambda x, y: np.testing.assert_allclose(x, y, atol=atol, rtol=1e-4), a, b
   )
@@ -108,7 +107,7 @@ def _close(a, b, atol=1e-5):
 @pytest.mark.parametrize("mode", ["query_gate", "query_add"])
 def test_packed_examples_are_as_if_alone(mode):
   model, params = imsm.Model(CONFIG, mode), _params(mode=mode)
-  _close(
+  _assert_close(
     _gradient(model, params, _batch()),
     _gradient(model, params, _batch(alone=True)),
   )
@@ -162,7 +161,7 @@ def test_starts_as_the_base_model(kind):
 def test_known_frozen_features_change_nothing(kind):
   batch, model, params = _batch(), imsm.Model(CONFIG), _params(kind)
   known = imsm.features(batch, imsm.hidden(model, BASE, batch))
-  _close(
+  _assert_close(
     _gradient(model, params, (batch, known)), _gradient(model, params, batch)
   )
 
@@ -181,7 +180,7 @@ def test_one_pass_over_both_branches_has_the_same_gradient():
     nll, _, _ = imsm.score_labels(model, BASE, params, batch, *pair)
     return nll.sum() / (batch.label_slot >= 0).sum()
 
-  _close(
+  _assert_close(
     jax.jit(jax.value_and_grad(stacked))(params),
     _gradient(model, params, batch),
   )
@@ -191,7 +190,7 @@ def test_remat_and_chunks_change_nothing():
   batch, params = _batch(), _params()
   plain = _gradient(imsm.Model(CONFIG), params, batch)
   for other in ({"remat": True}, {"chunk": 4}, {"chunk": 1}):
-    _close(_gradient(imsm.Model(CONFIG, **other), params, batch), plain)
+    _assert_close(_gradient(imsm.Model(CONFIG, **other), params, batch), plain)
 
 
 def test_a_row_without_examples_is_harmless():
@@ -202,7 +201,7 @@ def test_a_row_without_examples_is_harmless():
     example_id=empty.example_id + packing.NONE,
   )
   more = jax.tree.map(lambda *x: jnp.concatenate(x), batch, empty)
-  _close(_gradient(model, params, more), _gradient(model, params, batch))
+  _assert_close(_gradient(model, params, more), _gradient(model, params, batch))
 
 
 def test_dropout_draws_by_the_key():

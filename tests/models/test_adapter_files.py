@@ -39,8 +39,7 @@ def _adapter(params, family, kind):
   elif kind == "adalora":
     tree = adalora.init(params["layers"], targets, 3, **given)
   else:
-    make = lora.init_dora if kind == "dora" else lora.init
-    tree = make(params["layers"], targets, 3, **given)
+    tree = lora.init(params["layers"], targets, 3, **given, dora=kind == "dora")
   return jax.tree.map(
     lambda x, learned: (
       x + 0.3 * learned * jax.random.normal(jax.random.key(x.size), x.shape)
@@ -153,8 +152,11 @@ def test_settings_that_are_refused(changes, message, tmp_path):
 
 
 def test_unknown_settings_that_are_off_do_no_harm(tmp_path):
+  plain = adapter_files.load(tmp_path, _saved(tmp_path)).adapters
   config = _saved(tmp_path, some_config=None, other=False, more={}, list=[])
-  adapter_files.load(tmp_path, config)
+  loaded = adapter_files.load(tmp_path, config)
+  assert loaded.config["other"] is False
+  jax.tree.map(np.testing.assert_array_equal, loaded.adapters, plain)
 
 
 def test_files_that_do_not_fit(tmp_path):
