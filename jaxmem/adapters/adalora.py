@@ -144,12 +144,15 @@ def is_allocation(budget: Budget, step: jax.Array | int) -> jax.Array | bool:
 
 def start(adapters: Mapping[str, Any]) -> Allocation:
   """Return the allocation before the first step: nothing known, all kept."""
-  zeros = _map(
-    lambda adapter: {key: jnp.zeros_like(adapter[key]) for key in _LEARNED},
-    adapters,
-  )
+
+  def zeros():  # trees of their own: a compiled step consumes each buffer once
+    return _map(
+      lambda adapter: {key: jnp.zeros_like(adapter[key]) for key in _LEARNED},
+      adapters,
+    )
+
   mask = _map(lambda a: jnp.ones(a["lora_E"].shape, bool), adapters)
-  return Allocation(Importance(zeros, zeros), mask)
+  return Allocation(Importance(zeros(), zeros()), mask)
 
 
 def reallocate(

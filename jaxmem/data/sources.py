@@ -143,7 +143,9 @@ def _json(path: pathlib.Path, bad: BadRows) -> Iterator[Row]:
     raise ValueError(f"{path}: not json: {error}; repair the file") from error
   if isinstance(content, dict):
     lists = {k: v for k, v in content.items() if isinstance(v, list)}
-    key = next((k for k in ("data", "Data", "rows") if k in lists), None)
+    # FreebaseQA has its rows under "Questions".
+    keys = ("data", "Data", "rows", "Questions")
+    key = next((k for k in keys if k in lists), None)
     if key is None:
       raise ValueError(
         f"{path}: an object with {', '.join(content)}; expected a list of "

@@ -14,6 +14,7 @@ from jaxmem.data.formats import ASSISTANT_HEADER, chat_turns
 from jaxmem.data.records import Example, Message
 
 CHUNK = 1024  # examples tokenised in one call
+LONG_PROMPTS = ("left", "right", "drop")
 
 
 class Encoded(NamedTuple):
@@ -187,6 +188,83 @@ def encode_examples(
     )
   kept = examples[:size] if compat_sample_ids else [r.example for r in rows]
   return EncodedSet(rows, too_long, [example.id for example in kept])
+
+
+class EncodedPairs(NamedTuple):
+  """Prompts with their answers, and what was cut or left out."""
+
+  rows: list[Encoded]
+  counts: dict[str, int]  # prompts_cut, answers_cut, dropped
+
+
+def encode_pairs(
+  tokenizer: Any,
+  examples: Sequence[Example],
+  *,
+  max_prompt_tokens: int = 512,
+  max_answer_tokens: int = 512,
+  long_prompts: str = "left",
+) -> EncodedPairs:
+  """Encode the user's text and the answer on their own, then the end token.
+
+  No chat turn, no separator: the user's text is the whole prompt. Answer and
+  end token are the targets.
+
+  Source: `load_dataset.py:tokenize_function` of IMSM. Departure: a prompt that
+  is too long loses its beginning, not the end with the question's cue; the
+  code cuts the end, and in training only.
+
+  Args:
+    tokenizer: fast tokenizer with an end token.
+    examples: a user turn, verbatim, and an assistant's.
+    max_prompt_tokens: what the tokenizer puts before a text included.
+    max_answer_tokens: end token included; longer answers lose their end.
+    long_prompts: "left" cuts the beginning, "right" the end, "drop" leaves the
+      row out.
+
+  Raises:
+    ValueError: unknown long_prompts, limits without room, or no row left.
+  """
+  if long_prompts not in LONG_PROMPTS:
+    raise ValueError(
+      f"long_prompts is {long_prompts!r}; allowed: {', '.join(LONG_PROMPTS)}"
+    )
+  leading = leading_ids(tokenizer)
+  if max_prompt_tokens <= len(leading) or max_answer_tokens < 2:
+    raise ValueError(
+      f"max_prompt_tokens is {max_prompt_tokens} (more than {len(leading)}), "
+      f"max_answer_tokens is {max_answer_tokens} (at least 2)"
+    )
+  eos, room = tokenizer.eos_token_id, max_prompt_tokens - len(leading)
+  end_token(tokenizer)
+  prompts = _ids(tokenizer, [example.question for example in examples])
+  answers = _ids(tokenizer, [example.target for example in examples])
+  counts = {"prompts_cut": 0, "answers_cut": 0, "dropped": 0}
+  rows = []
+  for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+    if len(prompt) > room:
+      if long_prompts == "drop":
+        counts["dropped"] += 1
+        continue
+      counts["prompts_cut"] += 1
+      prompt = prompt[-room:] if long_prompts == "left" else prompt[:room]
+    counts["answers_cut"] += len(answer) >= max_answer_tokens
+    answer = [*answer[: max_answer_tokens - 1], eos]
+    ids = np.array([*leading, *prompt, *answer], np.int32)
+    target = np.arange(len(ids)) >= len(ids) - len(answer)
+    rows.append(Encoded(ids, target, example))
+  if not rows:
+    raise ValueError(
+      f"empty data set: {len(examples)} rows, {counts['dropped']} with prompts "
+      f"longer than max_prompt_tokens {max_prompt_tokens}; raise it, or use "
+      "long_prompts=left"
+    )
+  return EncodedPairs(rows, counts)
+
+
+def prompt_ids(row: Encoded) -> list[int]:
+  """Ids before a row's first target."""
+  return row.ids[: int(np.argmax(row.target))].tolist()
 
 
 def encode_prompts(

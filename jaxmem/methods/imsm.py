@@ -5,7 +5,8 @@ Both branches read the same tokens with the same weights; the tuned one has an
 adapter beside them. Their last states are fused (`memory/gate.py`) and go
 through the frozen head. Departures: the weights are held once, not twice; the
 gate works in float32; the state is fused at the label positions only; the
-frozen branch's states may come from a cache, since they never change.
+frozen branch's states may come from a cache, since they never change. The mode
+"none" is what IMSM is compared with, the tuned branch alone.
 """
 
 import dataclasses
@@ -28,13 +29,17 @@ from jaxmem.training import optimizer
 from jaxmem.training.loss import cross_entropy
 from jaxmem.training.step import LossAux, StepAux, TrainState
 
+NONE = "none"  # the tuned branch alone: an adapter without IMSM
+MODES = (NONE, *gate.MODES)
+BINS = 20  # of the gate's histogram over [0, 1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
   """How both branches are run and fused; hashable."""
 
   config: ModelConfig
-  mode: str = "query_gate"
+  mode: str = "query_gate"  # of MODES
   dtype: Any = jnp.float32  # of the stream
   remat: bool = False  # of the tuned branch's layers; the frozen keeps nothing
   chunk: int = 128  # label positions per row whose logits exist at a time
@@ -59,6 +64,42 @@ class Features(NamedTuple):
 
   states: Float[Array, "R Q D"]  # at the label positions
   queries: Float[Array, "R E D"]  # of every example's prompt
+
+
+class LabelScores(NamedTuple):
+  """How well every label is predicted."""
+
+  nll: Float[Array, "R Q"]  # nats; 0 where there is no label
+  hit: Bool[Array, "R Q"]  # it has the largest logit
+  gate: Float[Array, "R Q D"] | None  # None where the mode has none
+
+
+class ExampleScores(NamedTuple):
+  """Sums over the labels of every example; 0 where there is none."""
+
+  exact: Bool[Array, "R E"]
+  nll: Float[Array, "R E"]  # nats
+  labels: Float[Array, "R E"]
+  gate: Float[Array, "R E"]  # mean over D, summed; avg has 0.5, none has 0
+  histogram: Float[Array, "20"]  # of all entries of gates at labels
+
+
+def check_mode(mode: str) -> None:
+  """Raise ValueError at a mode that does not exist."""
+  if mode not in MODES:
+    raise ValueError(
+      f"gate mode {mode!r} does not exist; allowed: {', '.join(MODES)}"
+    )
+
+
+def init_gate(
+  mode: str, width: int, rank: int, *, rng: Array, top_rank: int | None = None
+) -> dict[str, Array]:
+  """Draw a gate as `gate.init` does; without IMSM there is none."""
+  check_mode(mode)
+  if mode == NONE:
+    return {}
+  return gate.init(mode, width, rank, rng=rng, top_rank=top_rank)
 
 
 def hidden(
@@ -112,41 +153,50 @@ def make_loss(model: Model) -> Callable[..., tuple[Array, LossAux]]:
   """Make the loss for `make_train_step`: nll of answers, a mean over labels.
 
   Params are `Params`, frozen is the base; a batch is a PackedBatch, or a pair
-  of it and the frozen branch's Features.
+  of it and the frozen branch's Features. Metrics: `nll`, `hit` (share of labels
+  with the largest logit), and with a gate its mean.
 
   Raises:
     ValueError: a mode that does not exist.
   """
-  gate.check_mode(model.mode)
+  check_mode(model.mode)
 
   def loss_fn(params, memory, base, batch, *, rng, gather):
-    del gather
-    keys = (None, None) if rng is None else tuple(jax.random.split(rng))
-    known = None
-    if not isinstance(batch, PackedBatch):
-      batch, known = batch
-    if known is None:
+    keys = (None, None)
+    if rng is not None:
+      if gather.axis_name is not None:  # devices draw noise of their own
+        rng = jax.random.fold_in(rng, gather.index())
+      keys = tuple(jax.random.split(rng))
+    batch, known = (batch, None) if is_plain(batch) else batch
+    if known is None and model.mode != NONE:
       known = features(batch, hidden(model, base, batch))
-    known = jax.lax.stop_gradient(known)
     tuned = features(
       batch, hidden(model, base, batch, params.adapters, keys[0])
     )
-    nll, hit, share = score_labels(model, base, params, batch, known, tuned,
-                                   keys[1])  # fmt: skip
+    scores = score_labels(
+      model, base, params, batch, jax.lax.stop_gradient(known), tuned, keys[1]
+    )
     valid = batch.label_slot >= 0
     count = valid.sum()
     metrics = {
-      "nll": (nll.sum(), count),
-      "hit": (hit.sum(), count),
-      "gate": (share, count),
+      "nll": (scores.nll.sum(), count),
+      "hit": (scores.hit.sum(), count),
     }
-    loss_sum = nll.sum()
+    if scores.gate is not None:
+      share = jnp.where(valid, scores.gate.mean(axis=-1), 0.0)
+      metrics["gate"] = (share.sum(), count)
+    loss_sum = scores.nll.sum()
     if model.orthogonality:
       added = adalora.orthogonality(params.adapters)
       loss_sum = loss_sum + model.orthogonality * added * count
     return loss_sum, LossAux(memory, count, metrics)
 
   return loss_fn
+
+
+def is_plain(batch: Any) -> bool:
+  """Whether a batch comes without the frozen branch's features."""
+  return isinstance(batch, PackedBatch)
 
 
 def make_optimizer(
@@ -216,45 +266,76 @@ def score_labels(
   base: Any,
   params: Params,
   batch: PackedBatch,
-  frozen: Features,
+  frozen: Features | None,
   tuned: Features,
   rng: Array | None = None,
-) -> tuple[Float[Array, "R Q"], Bool[Array, "R Q"], Float[Array, ""]]:
+) -> LabelScores:
   """Score every label by the fused states.
 
-  Returns: nats per label (0 where there is none), whether it has the largest
-    logit, and the sum over labels of the mean gate (0.5 each without a gate).
+  Args:
+    frozen: the frozen branch's; None in the mode "none".
+    rng: of the gate's dropout; None is inference.
   """
-  valid = batch.label_slot >= 0
-  slot = jnp.maximum(batch.label_slot, 0)[..., None]
-  query = jax.tree.map(
-    lambda leaf: jnp.take_along_axis(leaf, slot, axis=1),
-    gate.start(params.gate, model.mode, frozen.queries, tuned.queries),
-  )
-  fused = gate.fuse(
-    params.gate,
-    model.mode,
-    query,
-    frozen.states,
-    tuned.states,
-    rng=rng,
-    dropout=model.gate_dropout,
-    sites=model.gate_sites,
-  )
+  state, share = tuned.states, None
+  if model.mode != NONE:
+    slot = jnp.maximum(batch.label_slot, 0)[..., None]
+    query = jax.tree.map(
+      lambda leaf: jnp.take_along_axis(leaf, slot, axis=1),
+      gate.start(params.gate, model.mode, frozen.queries, tuned.queries),
+    )
+    state, share = gate.fuse(
+      params.gate,
+      model.mode,
+      query,
+      frozen.states,
+      tuned.states,
+      rng=rng,
+      dropout=model.gate_dropout,
+      sites=model.gate_sites,
+    )
+  # States are in the labels' order already.
   index = jnp.arange(batch.labels.shape[1], dtype=jnp.int32)
   nll, hit = cross_entropy(
     lambda states: decoder.logits(model.config, base, states),
-    fused.state.astype(model.dtype),
-    jnp.broadcast_to(
-      index, batch.labels.shape
-    ),  # they are in the labels' order
+    state.astype(model.dtype),
+    jnp.broadcast_to(index, batch.labels.shape),
     batch.labels,
-    valid,
+    batch.label_slot >= 0,
     chunk=model.chunk,
     constrain=model.constrain,
   )
-  share = 0.5 if fused.gate is None else fused.gate.mean(axis=-1)
-  return nll, hit, jnp.where(valid, share, 0.0).sum()
+  return LabelScores(nll, hit, share)
+
+
+def score_examples(
+  model: Model, base: Any, params: Params, batch: PackedBatch
+) -> ExampleScores:
+  """Score every example of a batch, without dropout.
+
+  `exact` says whether greedy decoding would give the answer token for token,
+  its end token included. Without adapters both branches are the base.
+  """
+  frozen = None
+  if model.mode != NONE:
+    frozen = features(batch, hidden(model, base, batch))
+  tuned = features(batch, hidden(model, base, batch, params.adapters))
+  scores = score_labels(model, base, params, batch, frozen, tuned)
+  valid = batch.label_slot >= 0
+  slots = jax.nn.one_hot(batch.label_slot, batch.example_id.shape[1])
+
+  def add(values):
+    return jnp.einsum("rq,rqe->re", values.astype(jnp.float32), slots)
+
+  share = jnp.full(valid.shape, 0.0 if model.mode == NONE else 0.5)
+  histogram = jnp.zeros(BINS)
+  if scores.gate is not None:
+    share = scores.gate.mean(axis=-1)
+    place = jnp.minimum((scores.gate * BINS).astype(jnp.int32), BINS - 1)
+    weight = jnp.broadcast_to(valid[..., None], place.shape)
+    histogram = jnp.zeros(BINS).at[place].add(weight.astype(jnp.float32))
+  labels = add(valid)
+  exact = (add(~scores.hit & valid) == 0) & (labels > 0)
+  return ExampleScores(exact, add(scores.nll), labels, add(share), histogram)
 
 
 def make_readout(model: Model) -> Readout:
@@ -262,7 +343,10 @@ def make_readout(model: Model) -> Readout:
 
   Call it with readout_params = (base, gate parameters), adapters = the tuned
   branch's, and adapter_index = `branch_index(B)`. The query is pooled over the
-  whole prompt once.
+  whole prompt once. The mode "none" needs no readout: it is plain generation.
+
+  Raises:
+    ValueError: a mode without a gate.
   """
   gate.check_mode(model.mode)
 

@@ -9,17 +9,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from jaxmem import models
 from jaxmem.data import stages, world_sets
 from jaxmem.data.records import Example
 from jaxmem.data.tokenize import Encoded, encode_examples, encode_prompts
 from jaxmem.evaluation import factoids, familiarity
+from jaxmem.methods import base as base_model
 from jaxmem.methods import chain, remix
 from jaxmem.methods.bench import Bench, Training
-from jaxmem.models import decoder, huggingface
 from jaxmem.models.fingerprint import fingerprint
 from jaxmem.training import parallel
 
@@ -71,34 +69,22 @@ def load_base(config: ConfigDict) -> Base:
   Raises:
     ValueError: no such model, or a mesh that the devices do not fill.
   """
-  sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-  devices = jax.devices()
-  if -1 not in sizes:
-    devices = devices[: int(np.prod(sizes))]
-  mesh = parallel.make_mesh(*sizes, devices=devices)
-  path = models.find(config.model)
-  rules = decoder.partition_rules()
-  model_config, weights = huggingface.load(
-    path,
-    dtype=jnp.float32,
-    shardings=lambda tree: parallel.make_shardings(tree, mesh, rules),
-  )
-  tokenizer = huggingface.load_tokenizer(path)
-  huggingface.check_vocabulary(model_config, tokenizer)
+  loaded = base_model.load(config.model, config.mesh)
   train = config.train
   model = remix.Model(
-    model_config,
+    loaded.config,
     jnp.dtype(train.compute_dtype),
     train.remat,
     train.chunk,
-    parallel.make_constrain(mesh),
+    parallel.make_constrain(loaded.mesh),
   )
   fields = [field.name for field in dataclasses.fields(Training)]
   settings = {k: train[k] for k in fields if k in train}
   bench = Bench(
-    model, mesh, Training(**settings, compat_shards=config.compat.shards)
+    model, loaded.mesh, Training(**settings, compat_shards=config.compat.shards)
   )
-  return Base(bench, tokenizer, weights, fingerprint(weights))
+  name = fingerprint(loaded.weights)
+  return Base(bench, loaded.tokenizer, loaded.weights, name)
 
 
 def load_sets(

@@ -1,4 +1,4 @@
-"""AdamW with schedules, groups by path and clipping, in optax pieces."""
+"""AdamW and Adafactor, schedules, groups by path, in optax pieces."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def assign_groups(params: Any, groups: Sequence[Group]) -> Any:
 
 
 class RateState(NamedTuple):
-  """State of the last piece of `adamw`."""
+  """State of the piece that knows the rate."""
 
   count: jax.Array  # int32 [], updates made
 
@@ -187,6 +187,84 @@ def adamw(
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     _decay_and_rate(schedule, weight_decay, tuple(groups)),
   )
+
+
+def adafactor(
+  rate: Schedule | Number,
+  *,
+  relative: bool = False,
+  weight_decay: Number = 0.0,
+  groups: Sequence[Group] = (),
+  stacked: Callable[[str], int] = lambda path: 0,
+) -> optax.GradientTransformation:
+  """Adafactor without momentum: one number per row and column of a matrix.
+
+  With k = 1, 2, .. the update's number, b = 1 - k^-0.8, g2 = g^2 + 1e-30:
+  r <- b r + (1 - b) mean of g2 over columns, c <- likewise over rows, and
+  u = g / sqrt(r c / mean(r)); of what is no matrix, v <- b v + (1 - b) g2 and
+  u = g / sqrt(v). Then u <- u / max(1, rms(u)) and
+  p <- p - rate_k * (u + weight_decay * p), where with `relative` rate_k is
+  min(1e-2, 1 / sqrt(k)) * max(1e-3, rms(p)).
+
+  Source: Shazeer and Stern (arXiv:1804.04235), algorithms 4 to 6, as in
+  torch_optimizer, which published IMSM uses (with its default, relative):
+  every matrix is factored, however small, and decay is decoupled.
+
+  Args:
+    rate: schedule of the update's number, or a constant; not used if
+      `relative`.
+    relative: steps are relative to the parameter's size, as in the paper.
+    weight_decay, groups: as in `adamw`; rate_scale scales relative steps too.
+    stacked: path -> number of leading axes over which a leaf stacks parameters
+      of different layers; each is factored, clipped and scaled by itself.
+
+  Raises:
+    ValueError: at init, a group that finds nothing.
+  """
+  schedule = rate if callable(rate) else lambda _: jnp.float32(rate)
+  if relative:
+    schedule = _relative_rate
+  direction = optax.chain(
+    optax.scale_by_factored_rms(min_dim_size_to_factor=1),
+    optax.clip_by_block_rms(1.0),
+  )
+  pieces = [
+    _each_by_itself(direction, stacked),
+    _decay_and_rate(schedule, weight_decay, tuple(groups)),
+  ]
+  if relative:
+    size = optax.scale_by_param_block_rms(1e-3)
+    pieces.append(_each_by_itself(size, stacked))
+  return optax.chain(*pieces)
+
+
+def _relative_rate(count):
+  return jnp.minimum(1e-2, (count + 1.0) ** -0.5)
+
+
+def _each_by_itself(tx, stacked):
+  """Run `tx` on every parameter that a leaf stacks, as if it were all."""
+
+  def mapped(function, name):
+    for _ in range(stacked(name)):
+      function = jax.vmap(function)
+    return function
+
+  def init(params):
+    names = path_names(params)
+    return jax.tree.map(lambda n, p: mapped(tx.init, n)(p), names, params)
+
+  def update(updates, state, params):
+    names = path_names(params)
+    pairs = jax.tree.map(
+      lambda name, *args: mapped(tx.update, name)(*args),
+      names, updates, state, params,
+    )  # fmt: skip
+    return tuple(
+      jax.tree.map(lambda _, pair, i=i: pair[i], names, pairs) for i in (0, 1)
+    )
+
+  return optax.GradientTransformation(init, update)
 
 
 class Pace(NamedTuple):

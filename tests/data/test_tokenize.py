@@ -167,3 +167,47 @@ def test_errors(tokenizer):
   ):
     with pytest.raises(ValueError, match=message):
       call()
+
+
+def test_pairs_are_encoded_apart_and_the_answer_ends(merging_tokenizer):
+  example = question_answer(0, " q\n", ["xy", "other"], "g")
+  ((row,), counts) = tok.encode_pairs(merging_tokenizer, [example])
+  encode = merging_tokenizer.encode
+  prompt = encode(" q\n", add_special_tokens=True)
+  answer = encode("xy", add_special_tokens=False)
+  eos = merging_tokenizer.eos_token_id
+  assert row.ids.tolist() == [*prompt, *answer, eos]
+  assert row.target.tolist() == [False] * len(prompt) + [True] * 3
+  assert tok.prompt_ids(row) == prompt and row.example is example
+  assert counts == {"prompts_cut": 0, "answers_cut": 0, "dropped": 0}
+
+
+def test_long_pairs_are_cut_as_asked(tokenizer):
+  long = question_answer(0, "abcdef", ["uvwxyz"], "g")
+  short = question_answer(1, "ab", ["u"], "g")
+  encode = dict(max_prompt_tokens=4, max_answer_tokens=3)
+
+  def texts(long_prompts):
+    rows, counts = tok.encode_pairs(
+      tokenizer, [long, short], long_prompts=long_prompts, **encode
+    )
+    return [tokenizer.decode(row.ids) for row in rows], counts
+
+  cut = {"prompts_cut": 1, "answers_cut": 1, "dropped": 0}
+  assert texts("left") == (["<bos>defuv<eos>", "<bos>abu<eos>"], cut)
+  assert texts("right") == (["<bos>abcuv<eos>", "<bos>abu<eos>"], cut)
+  found, counts = texts("drop")
+  assert found == ["<bos>abu<eos>"]
+  assert counts == {"prompts_cut": 0, "answers_cut": 0, "dropped": 1}
+  with pytest.raises(
+    ValueError, match="1 rows, 1 with prompts longer than max"
+  ):
+    tok.encode_pairs(tokenizer, [long], long_prompts="drop", **encode)
+  with pytest.raises(
+    ValueError, match="long_prompts is 'middle'; allowed: left"
+  ):
+    texts("middle")
+  with pytest.raises(
+    ValueError, match=r"max_prompt_tokens is 1 \(more than 1\)"
+  ):
+    tok.encode_pairs(tokenizer, [long], max_prompt_tokens=1)

@@ -13,17 +13,17 @@ import sys
 import numpy as np
 import pytest
 
+from experiments import pilot, remix_compare, remix_pilot, sweep
 from experiments import remix as experiment
-from experiments import remix_compare, remix_pilot, sweep
 from jaxmem import config as configs
-from jaxmem.data import formats, stages, vocabulary
+from jaxmem.data import formats, stages
 from jaxmem.data.tokenize import encode_examples, encode_prompts
 from jaxmem.evaluation import familiarity
 from jaxmem.methods import bench, remix_report, remix_setup, remix_stages
 from jaxmem.models import huggingface
-from jaxmem.models.config import ModelConfig
 from jaxmem.training import checkpoint
 from jaxmem.training.logging import read_metrics
+from tests.experiments.conftest import StopAfter
 from tests.methods import small
 
 CONFIG = "configs/remix.py"
@@ -42,25 +42,6 @@ TINY = {
   "mix.pool": 32,
   "mix.length": 3,
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-  """A random model with the world's tokenizer, in HF format."""
-  from transformers import PreTrainedTokenizerFast
-
-  path = tmp_path_factory.mktemp("model")
-  config = ModelConfig(
-    family="llama", vocab_size=1728, hidden_size=8, num_layers=2, num_heads=2,
-    num_kv_heads=1, head_dim=4, mlp_size=12, tie_embeddings=True,
-    max_positions=256, bos_token_id=1, eos_token_ids=(2,), pad_token_id=0,
-  )  # fmt: skip
-  huggingface.save(path, config, small.params(0, config))
-  PreTrainedTokenizerFast(
-    tokenizer_object=vocabulary.build_tokenizer(),
-    bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-  ).save_pretrained(path)  # fmt: skip
-  return path
 
 
 @pytest.fixture(scope="module")
@@ -101,17 +82,6 @@ def run(model_dir, shared_base, monkeypatch):
 
 def timeless(values):
   return {k: v for k, v in values.items() if k != "seconds"}
-
-
-class StopAfter:
-  """Asks to stop at the n-th poll, and from then on."""
-
-  def __init__(self, polls):
-    self.left = polls
-
-  def __call__(self, step):
-    self.left -= 1
-    return self.left < 0
 
 
 def test_two_stages_restarted_at_any_place_end_as_one_run(run, tmp_path):
@@ -542,7 +512,8 @@ def test_the_pilot_chooses_by_its_rule(tmp_path):
     result = {k: found[k] for k in remix_pilot.SCORES}
     (workdir / "result.json").write_text(json.dumps(result))
   output = tmp_path / "pilot.json"
-  assert remix_pilot.main([str(tmp_path / "runs"), f"--output={output}"]) == 0
+  main = functools.partial(pilot.main, remix_pilot.PILOT)
+  assert main([str(tmp_path / "runs"), f"--output={output}"]) == 0
   record = json.loads(output.read_text())
   assert record["chosen"]["data.size"] == 1024 and len(record["cells"]) == 6
-  assert remix_pilot.main([str(tmp_path / "none"), f"--output={output}"]) == 2
+  assert main([str(tmp_path / "none"), f"--output={output}"]) == 2

@@ -15,6 +15,7 @@ from jaxmem.memory import gate
 from jaxmem.methods import imsm
 from jaxmem.models import adapters as adapter_files
 from jaxmem.models import decoder, generate, huggingface
+from jaxmem.training.step import Gather
 
 assert_close = functools.partial(np.testing.assert_allclose, atol=2e-4, rtol=0)
 
@@ -276,7 +277,7 @@ def test_gates_fused_states_and_logits(base, states):
 @functools.partial(jax.jit, static_argnums=0)
 def _score(model, base, params, batch, frozen, tuned):
   found = [imsm.features(batch, x) for x in (frozen, tuned)]
-  nll, _, _ = imsm.score_labels(model, base, params, batch, *found)
+  nll, *_ = imsm.score_labels(model, base, params, batch, *found)
   return nll.sum() / (batch.label_slot >= 0).sum()
 
 
@@ -293,7 +294,7 @@ def test_losses(base, states):
 def _gradient(model, params, base, batch):
   def loss(params):
     total, aux = imsm.make_loss(model)(
-      params, (), base, batch, rng=None, gather=lambda x: x
+      params, (), base, batch, rng=None, gather=Gather()
     )
     return total / aux.count
 

@@ -13,7 +13,7 @@ from jaxmem.memory import gate
 from jaxmem.methods import imsm
 from jaxmem.models import decoder, generate
 from jaxmem.training import optimizer
-from jaxmem.training.step import init_state, make_train_step
+from jaxmem.training.step import Gather, init_state, make_train_step
 from tests.models import tiny
 
 CONFIG = tiny.FAMILIES["llama"]
@@ -87,7 +87,7 @@ def _batch(rows=ROWS, *, length=13, alone=False):
 @functools.partial(jax.jit, static_argnums=0)
 def _loss(model, params, batch, rng=None):
   total, aux = imsm.make_loss(model)(
-    params, (), BASE, batch, rng=rng, gather=lambda x: x
+    params, (), BASE, batch, rng=rng, gather=Gather()
   )
   return total / aux.count
 
@@ -177,7 +177,7 @@ def test_one_pass_over_both_branches_has_the_same_gradient():
       adapters=params.adapters, adapter_index=jnp.repeat(jnp.arange(2), rows),
     ).hidden  # fmt: skip
     pair = [imsm.features(batch, x) for x in jnp.split(hidden, 2)]
-    nll, _, _ = imsm.score_labels(model, BASE, params, batch, *pair)
+    nll, *_ = imsm.score_labels(model, BASE, params, batch, *pair)
     return nll.sum() / (batch.label_slot >= 0).sum()
 
   _assert_close(

@@ -1,4 +1,4 @@
-"""AdamW against numpy, schedules by hand, groups."""
+"""AdamW and Adafactor against numpy, schedules by hand, groups."""
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,114 @@ def test_adamw_rejects():
   tx = optimizer.adamw(0.1, groups=(optimizer.Group("lora"),))
   with pytest.raises(ValueError, match="'lora' finds no parameter"):
     tx.init({"a": {"kernel": jnp.zeros(2)}})
+
+
+def rms(x):
+  return np.sqrt(np.mean(x**2))
+
+
+def numpy_adafactor(param, grads, rate, decay):
+  """One matrix or vector, as its paper writes the algorithm."""
+  row = column = squares = 0.0
+  for k, grad in enumerate(grads, 1):
+    keep, g2 = 1 - k**-0.8, grad**2 + 1e-30
+    if param.ndim == 2:
+      row = keep * row + (1 - keep) * g2.sum(axis=1)
+      column = keep * column + (1 - keep) * g2.sum(axis=0)
+      second = np.outer(row, column) / row.sum()
+    else:
+      second = squares = keep * squares + (1 - keep) * g2
+    step = grad / np.sqrt(second)
+    step = step / max(1.0, rms(step))
+    param = param - rate(k, param) * (step + decay * param)
+  return param
+
+
+STACKED = {"adapters/": 2, "layers/": 1}
+
+
+def draw_stacked(rng):
+  """Two layers: of one adapter, and smaller than the relative step's floor."""
+  return {
+    "adapters": {
+      "lora_A": rng.normal(size=(2, 1, 4, 3)) * [[[[9.0]]], [[[0.1]]]],
+      "lora_E": rng.normal(size=(2, 1, 3)),
+      "scale": np.ones((2, 1)),
+    },
+    "layers": {"bias": 1e-5 * rng.normal(size=(2, 5))},
+    "gate": {"down": rng.normal(size=(6, 2))},
+  }
+
+
+def leading_axes(path):
+  found = [n for start, n in STACKED.items() if path.startswith(start)]
+  return found[0] if found else 0
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_adafactor_against_numpy(relative):
+  """Stacked parameters go each by itself; groups scale and decay them."""
+  rng = np.random.default_rng(0)
+  params = draw_stacked(rng)
+  draws = [draw_stacked(rng) for _ in range(4)]
+  groups = (
+    optimizer.Group("scale$", rate_scale=0.0),
+    optimizer.Group("^gate/", rate_scale=3.0, weight_decay=0.0),
+  )
+  tx = optimizer.adafactor(
+    optimizer.make_schedule("linear", 0.1, total_steps=8),
+    relative=relative, weight_decay=0.5, groups=groups, stacked=leading_axes,
+  )  # fmt: skip
+  got = jax.tree.map(jnp.float32, params)
+  state, update = tx.init(got), jax.jit(tx.update)
+  for grads in draws:
+    updates, state = update(jax.tree.map(jnp.float32, grads), state, got)
+    got = optax.apply_updates(got, updates)
+
+  def check(path, param, new, *grads):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    scale = {"adapters/scale": 0.0, "gate/down": 3.0}.get(name, 1.0)
+    decay = 0.0 if name == "gate/down" else 0.5
+
+    def rate(k, param):
+      if relative:
+        return scale * min(1e-2, k**-0.5) * max(1e-3, rms(param))
+      return scale * 0.1 * (1 - (k - 1) / 8)
+
+    for i in np.ndindex(param.shape[: leading_axes(name)]):
+      expected = numpy_adafactor(param[i], [g[i] for g in grads], rate, decay)
+      np.testing.assert_allclose(new[i], expected, rtol=2e-5, atol=1e-9)
+
+  jax.tree_util.tree_map_with_path(check, params, got, *draws)
+
+
+def test_adafactor_keeps_rows_and_columns_of_every_matrix():
+  params = jax.tree.map(jnp.float32, draw_stacked(np.random.default_rng(0)))
+  tx = optimizer.adafactor(0.1, stacked=leading_axes)
+  state = jax.eval_shape(tx.init, params)[0]
+
+  def sizes(leaf):
+    rows, columns, whole = (x.shape for x in leaf[0][1:])
+    return {rows, columns}, whole
+
+  assert sizes(state["gate"]["down"]) == ({(6,), (2,)}, (1,))
+  adapters = state["adapters"]
+  assert sizes(adapters["lora_A"]) == ({(2, 1, 4), (2, 1, 3)}, (2, 1, 1))
+  assert sizes(adapters["lora_E"])[1] == (2, 1, 3), "a vector is kept whole"
+
+
+def test_relative_adafactor_knows_no_rate():
+  """The first step is a hundredth of what it moves, whatever the gradient."""
+  params = {"gate": jnp.full((4, 3), 5.0)}
+  grads = {"gate": jnp.full((4, 3), -1e-4)}
+  steps = []
+  for rate in (0.0, 7.0):
+    tx = optimizer.adafactor(rate, relative=True)
+    steps.append(tx.update(grads, tx.init(params), params)[0]["gate"])
+  np.testing.assert_allclose(steps, 0.05, rtol=1e-5)
+  tx = optimizer.adafactor(0.1, groups=(optimizer.Group("lora"),))
+  with pytest.raises(ValueError, match="'lora' finds no parameter"):
+    tx.init(params)
 
 
 def test_assign_groups_first_match_wins():
