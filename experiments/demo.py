@@ -2,9 +2,10 @@
 
     make demo        # or: python -m experiments.demo --workdir=out/demo
 
-Trains REMIX's two stages at smoke size with and without mixing, then prints one
-table and writes plots. The sizes are for looking, not for conclusions: the
-experiments' `tiny` configs are the ones that are measured.
+REMIX's two stages with and without mixing, and a new task learned by an adapter
+alone and with IMSM, at smoke size; prints a table each and writes plots. The
+sizes are for looking, not for conclusions: the experiments' `tiny` configs are
+the ones that are measured.
 """
 
 import argparse
@@ -14,40 +15,74 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from experiments import remix, report
+from experiments import imsm, remix, report
 from experiments.runs import find_runs
+from experiments.sweep import RESULT_FILE
 from jaxmem import config as configs
 from jaxmem import launch
 
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "remix.py"
-VARIANTS = {
-  "no mixing": {},
-  "random words in stage 1": {"mix.source": "random,none"},
-  "prose in stage 2": {"mix.source": "none,prose"},
-}
-COLUMNS = (
-  "stage1_accuracy,retention,forgetting,plasticity,known_after,"
-  "perplexity_after,steps"
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+class Part(NamedTuple):
+  """One method's runs and the columns of its table."""
+
+  name: str
+  run: Callable[..., None]
+  variants: Mapping[str, Mapping[str, Any]]
+  columns: str
+
+
+ALONE = {"gate.mode": "none"}
+PARTS = (
+  Part(
+    "REMIX",
+    remix.run,
+    {
+      "no mixing": {},
+      "random words in stage 1": {"mix.source": "random,none"},
+      "prose in stage 2": {"mix.source": "none,prose"},
+    },
+    "stage1_accuracy,retention,forgetting,plasticity,known_after,"
+    "perplexity_after,steps",
+  ),
+  Part(
+    "IMSM",
+    imsm.run,
+    {
+      "adapter alone": ALONE,
+      "adapter alone, halved": ALONE | {"adapter.scale": 0.5},
+      "with IMSM": {},
+    },
+    "target,target_gain,others,others_change,perplexity,parameters.total,steps",
+  ),
 )
 
 
-def run_variants(workdir: pathlib.Path, stop: launch.Stop) -> bool:
+def run_part(part: Part, workdir: pathlib.Path, stop: launch.Stop) -> bool:
   """Run what has no result yet; False when asked to stop."""
-  for number, (name, overrides) in enumerate(VARIANTS.items(), 1):
-    folder = workdir / name.replace(" ", "_")
-    if (folder / remix.RESULT_FILE).is_file():
-      print(f"[{number}/{len(VARIANTS)}] REMIX, {name}: done before")
+  for number, (name, overrides) in enumerate(part.variants.items(), 1):
+    place, folder = f"[{number}/{len(part.variants)}]", folder_of(workdir, name)
+    if (folder / RESULT_FILE).is_file():
+      print(f"{place} {part.name}, {name}: done before")
       continue
-    print(f"[{number}/{len(VARIANTS)}] REMIX, {name}", flush=True)
-    config = configs.load(f"{CONFIG}:smoke")
-    configs.apply(config, overrides | {"cache": "../stages"})
+    print(f"{place} {part.name}, {name}", flush=True)
+    config = configs.load(f"{CONFIGS / part.name.lower()}.py:smoke")
+    configs.apply(config, {**overrides, "cache": "../stages"})
     quiet = contextlib.redirect_stdout(io.StringIO())  # its whole result.json
     with launch.records(config, folder), quiet:
-      remix.run(config, folder, stop)
+      part.run(config, folder, stop)
     if stop.requested:
       return False
   return True
+
+
+def folder_of(workdir: pathlib.Path, name: str) -> pathlib.Path:
+  """Directory of a variant."""
+  return workdir / name.replace(" ", "_").replace(",", "")
 
 
 def main() -> int:
@@ -60,14 +95,16 @@ def main() -> int:
   began = time.monotonic()
   launch.use_compilation_cache(os.environ)
   stop = launch.Stop()
-  if not run_variants(flags.workdir, stop):
-    return launch.EXIT_STOPPED
-  folders = [flags.workdir / name.replace(" ", "_") for name in VARIANTS]
-  text = report.write_report(
-    find_runs(folders), flags.workdir / "report", columns=COLUMNS
-  )
+  for part in PARTS:
+    if not run_part(part, flags.workdir, stop):
+      return launch.EXIT_STOPPED
+  for part in PARTS:
+    folders = [folder_of(flags.workdir, name) for name in part.variants]
+    output = flags.workdir / f"report_{part.name.lower()}"
+    text = report.write_report(find_runs(folders), output, columns=part.columns)
+    print(f"\n{part.name}\n\n{text}")
   minutes = (time.monotonic() - began) / 60
-  print(f"\n{text}\n{minutes:.1f} minutes; plots and table in {flags.workdir}")
+  print(f"{minutes:.1f} minutes; plots and tables in {flags.workdir}")
   return 0
 
 

@@ -46,7 +46,7 @@ from jaxmem.methods import (
   imsm_report,
   imsm_setup,
 )
-from jaxmem.training import loop
+from jaxmem.training import loop, parallel
 
 RESULT_FILE, CORRECT_FILE, GATES_FILE = (
   "result.json",
@@ -77,6 +77,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   rows = imsm_setup.load_rows(config, base.bench.tokenizer)
   exp = Experiment(config, workdir, stop, base, rows)
   batches = imsm_setup.make_batches(config, base, rows)
+  settings = imsm_setup.make_training(config, batches.total_steps)
   params = start(exp)
   sizes = imsm_setup.num_parameters(params)
   before = ask_base(exp)
@@ -85,7 +86,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   if config.start:
     trained = imsm_bench.Trained(params, {"steps": 0, "seconds": 0.0})
   else:
-    trained = train(exp, batches, params)
+    trained = train(exp, batches, settings, params)
   if trained is None:
     return
   after = ask_trained(exp, trained.params)
@@ -95,6 +96,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     imsm_files.save(
       workdir / "model", base.bench.model.config, config.gate.mode,
       trained.params, base_model=config.model, dropout=config.adapter.dropout,
+      budget=settings.budget,
     )  # fmt: skip
   record = trained.record | {"parameters": sizes}
   record["tokens"] = 0 if config.start else batches.tokens
@@ -103,18 +105,19 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
 
 def start(exp: Experiment) -> imsm.Params:
   """Draw adapter and gate, or read those of another run."""
-  config = exp.config
+  config, bench = exp.config, exp.base.bench
   if not config.start:
-    return imsm_setup.make_params(config, exp.base, jax.random.key(config.seed))
-  mode, params = imsm_files.load(
-    pathlib.Path(config.start), exp.base.bench.model.config
-  )
+    drawn = imsm_setup.make_params(
+      config, exp.base, jax.random.key(config.seed)
+    )
+    return parallel.shard(drawn, bench.mesh, bench.rules)
+  mode, params = imsm_files.load(pathlib.Path(config.start), bench.model.config)
   if mode != config.gate.mode:
     raise ValueError(
       f"start={config.start} was trained with gate.mode={mode}, the config has "
       f"{config.gate.mode}: give --config.gate.mode={mode}"
     )
-  return params
+  return parallel.shard(params, bench.mesh, bench.rules)
 
 
 def ask_base(exp: Experiment) -> imsm_report.Report | None:
@@ -138,11 +141,13 @@ def ask_base(exp: Experiment) -> imsm_report.Report | None:
 
 
 def train(
-  exp: Experiment, batches: imsm_setup.Batches, params: imsm.Params
+  exp: Experiment,
+  batches: imsm_setup.Batches,
+  settings: imsm_bench.Training,
+  params: imsm.Params,
 ) -> imsm_bench.Trained | None:
   """Train, or take an equal training from the cache; None when stopped."""
   config, base = exp.config, exp.base
-  settings = imsm_setup.make_training(config, batches.total_steps)
   key = chain.settings_key(
     base.name, exp.rows.digest(), settings, _learned(config), config.seed
   )

@@ -188,6 +188,16 @@ def _low_rank(config, module, layers):
     wanted.append("lora_magnitude_vector")
     if len(layers) < len(module.names):
       raise ValueError("DoRA on some layers only is not supported")
+  chosen = config.get("layers_to_transform") is not None
+  if not chosen and not isinstance(config.get("target_modules"), str):
+    # Else an adapter of a shallower model would pass for one of some layers.
+    missing = [n for i, n in enumerate(module.names) if i not in layers]
+    if missing:
+      raise ValueError(
+        f"no tensors for {missing[0]} and {len(missing) - 1} more layers, and "
+        f"{CONFIG_FILE} names no layers_to_transform: this adapter is of a "
+        "model with fewer layers, or incomplete"
+      )
   for layer, found in layers.items():
     _expect(found, wanted, module.names[layer])
   rank = max(found["lora_A"].shape[0] for found in layers.values())

@@ -220,24 +220,39 @@ def from_released(tensors: Mapping[str, Any]) -> dict[str, jax.Array]:
   Raises:
     ValueError: names that are none of these, or maps that do not fit.
   """
-  unknown = sorted(set(tensors) - set(_RELEASED))
-  missing = sorted({"linear_A.0.weight", "linear_B.0.weight"} - set(tensors))
+  names = list(_RELEASED)
+  wanted = set(names if set(names[2:]) & set(tensors) else names[:2])
+  unknown, missing = set(tensors) - set(names), wanted - set(tensors)
   if unknown or missing:
-    raise ValueError(f"gate tensors: missing {missing}, unknown {unknown}")
-  params = {
+    raise ValueError(
+      f"gate tensors: missing {sorted(missing)}, unknown {sorted(unknown)}"
+    )
+  shapes = {name: jnp.shape(tensor) for name, tensor in tensors.items()}
+  width, rank = (*shapes[names[1]], 0, 0)[:2]
+  fitting = [{names[0]: (rank, n * width)} for n in (2, 4)]
+  for fit in fitting:
+    fit[names[1]] = (width, rank)
+    if len(wanted) > 2:
+      top = shapes[names[2]][0]
+      fit |= {names[2]: (top, 2 * width), names[3]: (width, top)}
+  if shapes not in fitting:
+    raise ValueError(
+      f"gate tensors have shapes {shapes}; expected linear_A [r, 2 D or 4 D], "
+      "linear_B [D, r], linear_top_A [r_top, 2 D], linear_top_B [D, r_top]"
+    )
+  return {
     _RELEASED[name]: jnp.asarray(tensor, jnp.float32).T
     for name, tensor in tensors.items()
   }
-  (inputs, rank), (inner, width) = params["down"].shape, params["up"].shape
-  if rank != inner or inputs not in (2 * width, 4 * width):
-    raise ValueError(
-      f"linear_A is [{rank}, {inputs}] and linear_B [{width}, {inner}]; "
-      "expected [r, 2 D or 4 D] and [D, r]"
-    )
-  return params
 
 
 def to_released(params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-  """Undo `from_released`."""
+  """Undo `from_released`.
+
+  Raises:
+    ValueError: names that are no gate's.
+  """
   names = {ours: theirs for theirs, ours in _RELEASED.items()}
+  if unknown := sorted(set(params) - set(names)):
+    raise ValueError(f"{unknown} are no parameters of a gate")
   return {names[name]: leaf.T for name, leaf in params.items()}

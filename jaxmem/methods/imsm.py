@@ -31,6 +31,7 @@ from jaxmem.training.step import LossAux, StepAux, TrainState
 
 NONE = "none"  # the tuned branch alone: an adapter without IMSM
 MODES = (NONE, *gate.MODES)
+OPTIMIZERS = ("adamw", "adafactor")
 BINS = 20  # of the gate's histogram over [0, 1]
 
 
@@ -203,12 +204,14 @@ def make_optimizer(
   params: Params,
   rate: optimizer.Schedule,
   *,
+  kind: str = "adamw",
   gate_scale: float | int = 1.0,
   b1: float | int = 0.9,
   b2: float | int = 0.999,
   eps: float | int = 1e-8,
   weight_decay: float | int = 0.01,
   clip_norm: float | int | None = None,
+  compat_relative: bool = False,
 ) -> optax.GradientTransformation:
   """AdamW with a rate of its own for the gate; defaults are the code's.
 
@@ -218,15 +221,35 @@ def make_optimizer(
   Args:
     params: whose groups there are.
     rate: of the adapter, by update.
+    kind: "adamw", or "adafactor" (the paper's with (IA)3), which has no b1, b2
+      and eps.
     gate_scale: the gate's rate over the adapter's (LoRA at 3e-4: 10 / 3).
+    compat_relative: Adafactor as the code runs it: steps relative to the
+      parameter's size, rates and schedule without effect.
+
+  Raises:
+    ValueError: an unknown kind, or a value out of range.
   """
+  if kind not in OPTIMIZERS:
+    raise ValueError(f"optimizer is {kind!r}; allowed: {', '.join(OPTIMIZERS)}")
   names = jax.tree.leaves(optimizer.path_names(params))
   groups = [
-    optimizer.Group(r"^gate/", gate_scale),
+    optimizer.Group(r"^gate/", 1.0 if compat_relative else gate_scale),
     # Not learned: no gradient, and no decay either.
     optimizer.Group(rf"/({'|'.join(trees.FIXED)})$", 0.0),
   ]
   used = [g for g in groups if any(re.search(g.pattern, n) for n in names)]
+  if kind == "adafactor":
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    tx = optimizer.adafactor(
+      rate,
+      relative=compat_relative,
+      weight_decay=weight_decay,
+      groups=used,
+      # Leaves of adapters are stacked over layers and adapters.
+      stacked=lambda path: 2 if path.startswith("adapters/") else 0,
+    )
+    return optax.chain(*clip, tx)
   return optimizer.adamw(
     rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay,
     clip_norm=clip_norm, groups=used,

@@ -38,6 +38,7 @@ class Training:
   total_steps: int
   rate: float | int
   gate_rate: float | int
+  optimizer: str = "adamw"
   schedule: str = "cosine"
   warmup_percent: float | int = 10.0
   b1: float | int = 0.9
@@ -50,6 +51,7 @@ class Training:
   save_steps: int = 0
   log_steps: int = 0
   budget: adalora.Budget | None = None  # of AdaLoRA in full
+  adafactor_relative: bool = False
 
 
 class Scores(NamedTuple):
@@ -177,7 +179,7 @@ class Bench:
       context |= {
         "readout": self._readout,
         "readout_params": (base, params.gate),
-        "adapter_index": imsm.branch_index(batch_size),
+        "adapter_index": np.asarray(imsm.branch_index(batch_size)),
       }
     prompts = [prompt_ids(row) for row in rows]
     texts: list[str] = []
@@ -246,12 +248,14 @@ def make_optimizer(
   return imsm.make_optimizer(
     params,
     schedule,
+    kind=settings.optimizer,
     gate_scale=settings.gate_rate / settings.rate,
     b1=settings.b1,
     b2=settings.b2,
     eps=settings.eps,
     weight_decay=settings.weight_decay,
     clip_norm=settings.clip_norm,
+    compat_relative=settings.adafactor_relative,
   )
 
 

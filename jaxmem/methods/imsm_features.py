@@ -8,19 +8,22 @@ data that they are of: those of another are refused.
 """
 
 import json
+import os
 import pathlib
+import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 
 from jaxmem.data import packing
 from jaxmem.methods import imsm
 
-RECORD_FILE = "features.json"  # written last: without it nothing counts
+RECORD_FILE = "features.json"
 STATES_FILE, QUERIES_FILE = "states.npy", "queries.npy"
 
 
@@ -118,10 +121,38 @@ def make(
 
   Returns: False where it was asked to stop; then nothing is kept.
   """
-  directory.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() != 0:  # has its part in the passes, and writes nothing
+    for number, batch in enumerate(batches):
+      if stop(number):
+        return False
+      run(batch)
+    multihost_utils.sync_global_devices(str(directory))
+    return True
+  # Runs of a sweep may come here together: each writes a directory of its own,
+  # and the first to be done gives it the name.
+  partial = directory.with_name(f"{directory.name}.{os.getpid()}")
+  partial.mkdir(parents=True, exist_ok=True)
+  done = _write(partial, run, rows, batches, width, dtype, stop)
+  if done:
+    record = {"model": model, "data": data, "dtype": jnp.dtype(dtype).name}
+    (partial / RECORD_FILE).write_text(json.dumps(record) + "\n")
+    try:
+      partial.rename(directory)
+    except OSError:  # another run was first
+      pass
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(str(directory))
+  shutil.rmtree(partial, ignore_errors=True)
+  return done
+
+
+def _write(directory, run, rows, batches, width, dtype, stop) -> bool:
+  """Fill the two files of a table; False where it was asked to stop."""
   labels = sum(row.labels for row in rows)
-  plain = _plain(dtype)
-  shapes = {STATES_FILE: (labels, plain), QUERIES_FILE: (len(rows), "float32")}
+  shapes = {
+    STATES_FILE: (labels, _plain(dtype)),
+    QUERIES_FILE: (len(rows), np.dtype("float32")),
+  }
   states, queries = (
     np.lib.format.open_memmap(
       directory / name, mode="w+", dtype=kind, shape=(length, width)
@@ -132,9 +163,6 @@ def make(
   done = compute(run, rows, batches, states=view, queries=queries, stop=stop)
   states.flush()
   queries.flush()
-  if done:
-    record = {"model": model, "data": data, "dtype": jnp.dtype(dtype).name}
-    (directory / RECORD_FILE).write_text(json.dumps(record) + "\n")
   return done
 
 

@@ -81,13 +81,7 @@ def save(
       "one: pick it with adapters.trees.select"
     )
   file = directory / GATE_FILE
-  try:
-    made = gate.to_released(params.gate)
-  except KeyError:
-    raise ValueError(
-      f"{file}: gate leaves are {sorted(params.gate)}; gate.init makes some of "
-      "down, up, top_down, top_up"
-    ) from None
+  made = gate.to_released(params.gate)
   tensors = {k: np.ascontiguousarray(x, np.float32) for k, x in made.items()}
   _check(file, mode, config, tensors)
   directory.mkdir(parents=True, exist_ok=True)

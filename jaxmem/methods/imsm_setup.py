@@ -85,6 +85,7 @@ def check_config(config: ConfigDict) -> None:
   check("adapter.kind", adapter.kind, ADAPTERS)
   check("adapter.adalora", adapter.adalora, ADALORA)
   check("train.schedule", train.schedule, optimizer.SCHEDULES)
+  check("train.optimizer", train.optimizer, imsm.OPTIMIZERS)
   check("train.layout", train.layout, loader.LAYOUTS)
   check("train.compute_dtype", train.compute_dtype, COMPUTE_DTYPES)
   check("train.base_dtype", train.base_dtype, COMPUTE_DTYPES)
@@ -344,7 +345,11 @@ def make_training(config: ConfigDict, total_steps: int) -> imsm_bench.Training:
       total=total_steps,
     )
   return imsm_bench.Training(
-    total_steps=total_steps, gate_rate=config.gate.rate, budget=budget, **given
+    total_steps=total_steps,
+    gate_rate=config.gate.rate,
+    budget=budget,
+    adafactor_relative=config.compat.adafactor_relative,
+    **given,
   )
 
 

@@ -155,5 +155,19 @@ def test_errors():
     _fuse("gate", _params("gate"), sites=("all",))
   with pytest.raises(ValueError, match="missing .*linear_B.*unknown .*'w'"):
     gate.from_released({"linear_A.0.weight": H0[0], "w": H0})
-  with pytest.raises(ValueError, match=r"expected \[r, 2 D or 4 D\]"):
-    gate.from_released({"linear_A.0.weight": H0[0], "linear_B.0.weight": H0[0]})
+  stored = gate.to_released(_params("gate_top"))
+  first, second = "linear_A.0.weight", "linear_B.0.weight"
+  top = "linear_top_A.0.weight"
+  for wrong in (
+    {first: H0[0], second: H0[0]},
+    {first: H0[0, 0], second: H0[0]},
+    stored | {top: stored[top][:, :-1]},
+  ):
+    with pytest.raises(
+      ValueError, match=r"expected linear_A \[r, 2 D or 4 D\]"
+    ):
+      gate.from_released(wrong)
+  with pytest.raises(ValueError, match=r"missing \['linear_top_B"):
+    gate.from_released({k: stored[k] for k in (first, second, top)})
+  with pytest.raises(ValueError, match=r"\['left'\] are no parameters"):
+    gate.to_released({"left": H0})

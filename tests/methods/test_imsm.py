@@ -282,6 +282,31 @@ def test_the_gate_has_a_rate_of_its_own(kind):
       np.testing.assert_allclose(length, wanted, rtol=1e-2)
 
 
+def test_adafactor_moves_both_groups_at_their_rates():
+  """Its first update is of length rate in every entry of a rank-1 gradient."""
+  params = _params()
+  tree = jax.tree.map(jnp.ones_like, params)
+  scaled = jax.tree.map(lambda x: 0.1 * x, tree)
+  for relative, gate_step in ((False, 1e-2), (True, 1e-2)):
+    tx = imsm.make_optimizer(
+      params, lambda step: 1e-3, kind="adafactor", gate_scale=10,
+      weight_decay=0.0, compat_relative=relative,
+    )  # fmt: skip
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    np.testing.assert_allclose(updates.gate["down"], -gate_step, rtol=1e-5)
+    leaf = updates.adapters["self_attn"]["q_proj"]
+    wanted = 1e-2 if relative else 1e-3
+    np.testing.assert_allclose(leaf["lora_A"], -wanted, rtol=1e-5)
+    assert not leaf["scale"].any()
+    smaller, _ = tx.update(tree, tx.init(scaled), scaled)
+    ratio = 0.1 if relative else 1.0  # steps follow the parameter's size
+    np.testing.assert_allclose(
+      smaller.gate["up"], ratio * updates.gate["up"], rtol=1e-5
+    )
+  with pytest.raises(ValueError, match="optimizer is 'sgd'; allowed: adamw"):
+    imsm.make_optimizer(params, lambda step: 1e-3, kind="sgd")
+
+
 def test_modes_without_a_gate_train_the_adapter_alone():
   params = _params(mode="avg")
   tx = imsm.make_optimizer(params, lambda step: 1e-2)

@@ -54,9 +54,9 @@ def make(directory, dtype=jnp.float32, stop=lambda number: False):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_kept_features_are_those_of_any_batch(tmp_path, dtype):
-  assert imsm_features.load(tmp_path, ROWS, dtype=dtype, **NAMES) is None
-  assert make(tmp_path, dtype)
-  table = imsm_features.load(tmp_path, ROWS, dtype=dtype, **NAMES)
+  assert imsm_features.load(tmp_path / "f", ROWS, dtype=dtype, **NAMES) is None
+  assert make(tmp_path / "f", dtype)
+  table = imsm_features.load(tmp_path / "f", ROWS, dtype=dtype, **NAMES)
   assert table.states.dtype == dtype and isinstance(table.queries, np.memmap)
   batch = pack([4, 2, 0])
   found, wanted = imsm_features.lookup(table, batch), run(batch, dtype)
@@ -72,25 +72,41 @@ def test_kept_features_are_those_of_any_batch(tmp_path, dtype):
 
 
 def test_nothing_counts_that_was_stopped(tmp_path):
-  assert not make(tmp_path, stop=lambda number: number == 1)
-  kept = imsm_features.load(tmp_path, ROWS, dtype=jnp.float32, **NAMES)
-  assert kept is None
+  assert not make(tmp_path / "f", stop=lambda number: number == 1)
+  kept = imsm_features.load(tmp_path / "f", ROWS, dtype=jnp.float32, **NAMES)
+  assert kept is None and not list(tmp_path.iterdir())
+
+
+def test_two_runs_may_make_them_at_once(tmp_path, monkeypatch):
+  place = tmp_path / "features"
+  pids = iter((1, 2))
+  monkeypatch.setattr("os.getpid", lambda: next(pids))
+
+  def other_is_faster(number):
+    if number == 1:
+      assert make(place)
+    return False
+
+  assert make(place, stop=other_is_faster)
+  assert [path.name for path in tmp_path.iterdir()] == ["features"]
+  table = imsm_features.load(place, ROWS, dtype=jnp.float32, **NAMES)
+  assert np.isfinite(table.states).all()
 
 
 def test_features_of_another_model_or_data_are_refused(tmp_path):
-  make(tmp_path)
+  make(tmp_path / "f")
   for name, value in (("model", "n"), ("data", "e"), ("dtype", jnp.bfloat16)):
     given = {"dtype": jnp.float32} | NAMES | {name: value}
     with pytest.raises(ValueError, match=f"holds frozen features of {name}"):
-      imsm_features.load(tmp_path, ROWS, **given)
-  record = json.loads((tmp_path / "features.json").read_text())
+      imsm_features.load(tmp_path / "f", ROWS, **given)
+  record = json.loads((tmp_path / "f" / "features.json").read_text())
   assert record == NAMES | {"dtype": "float32"}
   with pytest.raises(ValueError, match="is damaged: 9 labels and 5 rows"):
-    imsm_features.load(tmp_path, ROWS[1:], dtype=jnp.float32, **NAMES)
+    imsm_features.load(tmp_path / "f", ROWS[1:], dtype=jnp.float32, **NAMES)
 
 
 def test_an_empty_batch_has_no_features(tmp_path):
-  make(tmp_path)
-  table = imsm_features.load(tmp_path, ROWS, dtype=jnp.float32, **NAMES)
+  make(tmp_path / "f")
+  table = imsm_features.load(tmp_path / "f", ROWS, dtype=jnp.float32, **NAMES)
   found = imsm_features.lookup(table, packing.empty(SHAPE))
   assert not found.states.any() and not found.queries.any()

@@ -1,5 +1,6 @@
 """PEFT directories of every family and kind; what is refused, and how."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -183,6 +184,17 @@ def test_files_that_do_not_fit(tmp_path):
     adapter_files.load(tmp_path, config)
   with pytest.raises(ValueError, match="does not exist: give a directory"):
     adapter_files.load(tmp_path / "nowhere", config)
+
+
+def test_a_shallower_model_s_adapter_is_refused(tmp_path):
+  config, params = _model("llama")
+  adapter_files.save(tmp_path, config, _adapter(params, "llama", "lora"))
+  windows = config.layer_windows + config.layer_windows[-1:]
+  deeper = dataclasses.replace(
+    config, num_layers=config.num_layers + 1, layer_windows=windows
+  )
+  with pytest.raises(ValueError, match="of a model with fewer layers"):
+    adapter_files.load(tmp_path, deeper)
 
 
 def test_another_model_s_adapter_is_refused(tmp_path):
