@@ -19,58 +19,26 @@ import collections
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.runs import NONE, Row, Run, find_runs, group, label_keys
-from jaxmem.evaluation import plots
-from jaxmem.evaluation.statistics import (
-  format_mean_sd,
-  mean_sd,
-  paired_bootstrap,
+from experiments.imsm_figures import draw
+from experiments.imsm_rows import (
+  SCALE,
+  family,
+  is_alone,
+  setting,
+  task_names,
+  title,
+  trade,
 )
+from experiments.runs import NONE, Row, Run, find_runs, group, label_keys
+from jaxmem.evaluation.statistics import format_mean_sd, paired_bootstrap
 
-SCALE, MODE, ALONE = "adapter.scale", "gate.mode", "none"
-CORRECT_FILE, GATES_FILE = "correct.json", "gates.json"
+CORRECT_FILE = "correct.json"
 STEPS = 200  # points on a straight line
 HEAD = ("row", "kept", "above the curve", "perplexity", "gate: target, others")
-
-
-def setting(run: Run, key: str) -> str:
-  """A run's value of a setting, as text."""
-  return str(run.overrides.get(key, run.config.get(key)))
-
-
-def is_alone(run: Run) -> bool:
-  """Whether it is an adapter without IMSM."""
-  return setting(run, MODE) == ALONE
-
-
-def family(run: Run) -> tuple:
-  """What runs on one curve have in common: all but scale and gate."""
-  return tuple(
-    (key, str(value))
-    for key, value in sorted(run.config.items())
-    if key != SCALE and not key.startswith(("gate.", "eval.", "cache"))
-  )
-
-
-def task_names(runs: Sequence[Run]) -> list[str]:
-  """Tasks of the results, the target first."""
-  found = [
-    key.split(".")[1]
-    for run in runs
-    for key in run.result or {}
-    if key.startswith("tasks.") and key.endswith(".score")
-  ]
-  return list(dict.fromkeys(found))
-
-
-def trade(run: Run, names: Sequence[str], when: str) -> tuple[float, float]:
-  """(score on the target, mean of the others): "score" or "before"."""
-  scores = [run.result[f"tasks.{name}.{when}"] for name in names]
-  return scores[0], float(np.mean(scores[1:]))
 
 
 def curve(runs: Sequence[Run], names: Sequence[str]) -> np.ndarray:
@@ -121,7 +89,7 @@ def matrix(rows: Sequence[Row], names: Sequence[str]) -> str:
       if not (is_alone(run))
     ]
     gates = [_values(row.done, f"gate_{x}") for x in ("target", "others")]
-    line = [row.name]
+    line = [title(row)]
     line += [_values(row.done, f"tasks.{name}.score") for name in names]
     line.append(_spread(trade(run, names, "score")[1] for run in row.done))
     line.append(_spread(gain for gain in gains if gain is not None))
@@ -159,43 +127,8 @@ def paired(rows: Sequence[Row], names: Sequence[str]) -> str:
       cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
       gaps = [100 * (a[part].mean() - b[part].mean()) for a, b in pairs]
       seeds.append(", ".join(f"{gap:+.1f}" for gap in gaps))
-    lines.append([row.name, *cells, *seeds])
+    lines.append([title(row), *cells, *seeds])
   return _markdown(lines) if len(lines) > 2 else ""
-
-
-def draw(
-  rows: Sequence[Row], names: Sequence[str], output: pathlib.Path
-) -> list[pathlib.Path]:
-  """Draw target against kept, and the gates' histograms; return files."""
-  panels: Mapping[str, dict[str, plots.Curve]] = collections.defaultdict(dict)
-  gates = {}
-  by_kind = collections.defaultdict(list)
-  for row in (row for row in rows if row.done):
-    by_kind[setting(row.done[0], "adapter.kind")].append(row)
-  for kind, members in by_kind.items():
-    alone = [row for row in members if is_alone(row.done[0])]
-    alone.sort(key=lambda row: float(setting(row.done[0], SCALE)))
-    if alone:
-      start = [trade(run, names, "before") for run in alone[0].done]
-      ends = [[trade(r, names, "score") for r in row.done] for row in alone]
-      panels[kind]["adapter, scaled"] = _line([start, *ends])
-      if way := _way(alone[-1], names):
-        panels[kind]["adapter, in training"] = way
-    for row in members:
-      if row not in alone:
-        points = [trade(run, names, "score") for run in row.done]
-        panels[kind][row.name] = _line([points])
-        if histogram := _histogram(row):
-          gates[row.name] = histogram
-  paths = []
-  for name, found, label in (
-    ("target.png", panels, "target, %"),
-    ("gates.png", gates, "gate (1: the frozen state)"),
-  ):
-    if found:
-      paths.append(output / name)
-      plots.curves(paths[-1], found, x_label=label)
-  return paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,50 +169,6 @@ def _correct(run, names):
   found = json.loads((run.workdir / CORRECT_FILE).read_text())["after"]
   others = np.concatenate([np.array(found[n], float) for n in names[1:]])
   return np.array(found[names[0]], float), others
-
-
-def _line(points):
-  """Means over seeds of (target, kept) at each place of a line."""
-  spots = [
-    [mean_sd(values) for values in zip(*seeds, strict=True)] for seeds in points
-  ]
-  return plots.Curve(
-    [x[0] for x, _ in spots],
-    [y[0] for _, y in spots],
-    [y[1] or 0.0 for _, y in spots],
-  )
-
-
-def _way(row, names):
-  """(target, kept) at the looks in between, from few questions."""
-  logs = [
-    [
-      run.curves.get(f"train/task/{n}", run.curves.get(f"task/{n}", {}))
-      for n in names
-    ]
-    for run in row.done
-  ]
-  steps = set.intersection(*(set(log) for logs_ in logs for log in logs_))
-  points = [
-    [(log[0][s], float(np.mean([x[s] for x in log[1:]]))) for log in logs]
-    for s in sorted(steps)
-  ]
-  return _line(points) if points else None
-
-
-def _histogram(row):
-  """Share of the gate's entries by their value, a line per task."""
-  lines = {}
-  for run in row.done[:1]:
-    path = run.workdir / GATES_FILE
-    found = json.loads(path.read_text()) if path.exists() else {}
-    for name, counts in found.items():
-      counts = np.array(counts)
-      if counts.sum():
-        places = (np.arange(len(counts)) + 0.5) / len(counts)
-        shares = counts / counts.sum()
-        lines[name] = plots.Curve(places, shares, np.zeros(len(counts)))
-  return lines
 
 
 def _spread(values):

@@ -31,6 +31,7 @@ TINY = {
   "train.save_steps": 3,
   "eval.batch_size": 8,
   "eval.batch_tokens": 256,
+  "eval.generate": False,
   "eval.max_new_tokens": 4,
   "eval.every_steps": 4,
   "eval.probe_size": 2,
@@ -81,7 +82,8 @@ def timeless(result):
 
 
 def test_restarted_at_any_place_it_ends_as_one_run(run, tmp_path):
-  whole = run(tmp_path / "a" / "whole")
+  generate = {"eval.generate": True}
+  whole = run(tmp_path / "a" / "whole", **generate)
   assert whole["steps"] == 9
   for name in (
     "target", "target_gain", "others", "others_change", "worst_loss",
@@ -99,7 +101,7 @@ def test_restarted_at_any_place_it_ends_as_one_run(run, tmp_path):
   assert sizes["total"] == sizes["adapter"] + sizes["gate"]
   result, polls, restarts = None, 2, 0
   while result is None:
-    result = run(tmp_path / "b" / "broken", StopAfter(polls))
+    result = run(tmp_path / "b" / "broken", StopAfter(polls), **generate)
     polls, restarts = polls + 6, restarts + 1
   assert restarts > 2
   assert timeless(result) == timeless(whole)
@@ -120,7 +122,7 @@ def test_restarted_at_any_place_it_ends_as_one_run(run, tmp_path):
 def test_kept_features_change_nothing(run, tmp_path):
   """But for rounding, which Adam blows up where gradients are nearly 0."""
   place = "train.frozen_features"
-  settings = {"eval.generate": False, "train.log_steps": 1, "data.prose": ""}
+  settings = {"train.log_steps": 1, "data.prose": "", "eval.every_steps": 0}
   losses = []
   for name, value in (("kept", "../features"), ("online", "")):
     workdir = tmp_path / name / "run"
@@ -161,10 +163,10 @@ def test_adalora_deals_out_its_ranks(run, tmp_path):
   changes = {
     "adapter.kind": "adalora", "adapter.adalora": "full",
     "adapter.target_rank": 1, "adapter.every_steps": 1,
-    "eval.generate": False,
+    "adapter.targets": "('q_proj', 'v_proj')", "eval.every_steps": 0,
   }  # fmt: skip
   result = run(tmp_path / "run", **changes)
-  assert result["live_triplets"] == 2 * 7  # layers x projections, a rank each
+  assert result["live_triplets"] == 2 * 2  # layers x projections, a rank each
   lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
   assert lines[-1]["loss"] > lines[-1]["nll"], "with the orthogonality term"
 
@@ -213,6 +215,7 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
     "data.long_prompts": "left",
     "data.max_prompt_tokens": 8,
     "data.prose": "",
+    "eval.generate": True,
   }
   result = run(tmp_path / "run", **changes)
   assert list(result["tasks"]) == ["mrpc", "webq", "gsm8k", "mine"]
@@ -271,7 +274,7 @@ def test_configs_by_name():
     configs.load(f"{CONFIG}:big")
 
 
-@pytest.mark.parametrize("name", ["imsm", "imsm_pilot"])
+@pytest.mark.parametrize("name", ["imsm", "imsm_pilot", "imsm_ablations"])
 def test_every_point_of_the_sweeps_can_be_run(name, tmp_path):
   points = sweep.make_points(
     f"configs/{name}.py", tmp_path, experiment="experiments.imsm"
@@ -336,11 +339,11 @@ def test_the_matrix_of_runs(run, tmp_path, capsys):
 
 
 def test_many_devices_learn_the_same(run, tmp_path):
-  settings = {"eval.generate": False, "data.prose": ""}
-  one = run(tmp_path / "one" / "run", **settings, **{"train.epochs": 1.0})
-  mesh = {"mesh.data": 2, "mesh.fsdp": 2, "train.epochs": 1.0}
+  settings = {"data.prose": "", "eval.every_steps": 0}
+  one = run(tmp_path / "one" / "run", **settings)
+  mesh = {"mesh.data": 2, "mesh.fsdp": 2}
   many = run(tmp_path / "many" / "run", **mesh, **settings)
   for name, task in one["tasks"].items():
     for metric in ("nll", "gate"):
       other = many["tasks"][name][metric]
-      np.testing.assert_allclose(task[metric], other, atol=1e-4)
+      np.testing.assert_allclose(task[metric], other, atol=1e-3)
