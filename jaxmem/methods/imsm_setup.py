@@ -117,6 +117,13 @@ def check_config(config: ConfigDict) -> None:
     )
   for name in (data.target, *data.others, *filter(None, [data.target_test])):
     split_name(name)
+  task, source = split_name(data.target)
+  if source and not data.target_test:
+    raise ValueError(
+      f"data.target is {data.target!r} and data.target_test is empty: it "
+      "would be asked on rows that were trained on; name a file of its own "
+      f"(--config.data.target_test={task}:FILE)"
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:

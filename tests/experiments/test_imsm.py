@@ -211,6 +211,7 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
   )  # fmt: skip
   changes = {
     "data.target": f"mrpc:{mrpc}",
+    "data.target_test": f"mrpc:{mrpc}",
     "data.others": f"('webq:{webq}', 'gsm8k:{gsm8k}', '{mine}')",
     "data.long_prompts": "left",
     "data.max_prompt_tokens": 8,
@@ -245,7 +246,15 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
       "task 'world-x' is no file and unknown; known",
     ),
     ({"data.target": "mrpc:none.jsonl"}, "no such file"),
-    ({"data.validation_size": 12, "data.target": "{file}"}, "none is left"),
+    ({"data.target": "{file}"}, "asked on rows that were trained on"),
+    (
+      {
+        "data.validation_size": 12,
+        "data.target": "{file}",
+        "data.target_test": "{file}",
+      },
+      "none is left",
+    ),
     ({"data.long_prompts": "middle"}, "data.long_prompts"),
     ({"data.prose": "none.txt"}, "data.prose is 'none.txt'"),
     ({"start": "{dir}"}, "adapter"),
