@@ -25,6 +25,7 @@ the last checkpoint; equal trainings are made once (config.cache).
 Not here: prompts of ChatGLM (no such model), several training sets at once.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -32,6 +33,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxmem import launch
@@ -44,6 +46,7 @@ from jaxmem.methods import (
   imsm_features,
   imsm_files,
   imsm_report,
+  imsm_rows,
   imsm_setup,
 )
 from jaxmem.training import loop, parallel
@@ -63,7 +66,7 @@ class Experiment(NamedTuple):
   workdir: pathlib.Path
   stop: launch.Stop
   base: imsm_setup.Base
-  rows: imsm_setup.Rows
+  rows: imsm_rows.Rows
 
   @property
   def cache(self) -> pathlib.Path:
@@ -73,8 +76,8 @@ class Experiment(NamedTuple):
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Train, ask before and after, write the results."""
   imsm_setup.check_config(config)
+  rows = imsm_rows.load_rows(config)  # whose faults are found first
   base = imsm_setup.load_base(config)
-  rows = imsm_setup.load_rows(config, base.bench.tokenizer)
   exp = Experiment(config, workdir, stop, base, rows)
   batches = imsm_setup.make_batches(config, base, rows)
   settings = imsm_setup.make_training(config, batches.total_steps)
@@ -117,19 +120,29 @@ def start(exp: Experiment) -> imsm.Params:
       f"start={config.start} was trained with gate.mode={mode}, the config has "
       f"{config.gate.mode}: give --config.gate.mode={mode}"
     )
+  shapes = jax.tree.map(jnp.shape, params)
+  drawn = imsm_setup.make_params(config, exp.base, jax.random.key(0))
+  if shapes != jax.tree.map(jnp.shape, drawn):
+    raise ValueError(
+      f"start={config.start} holds an adapter or gate of another kind, rank or "
+      f"targets than the config: it has {shapes}; set adapter.kind, "
+      "adapter.rank, adapter.targets and gate.rank to what it was trained with"
+    )
   return parallel.shard(params, bench.mesh, bench.rules)
 
 
 def ask_base(exp: Experiment) -> imsm_report.Report | None:
   """Ask the model as it is; runs that ask the same share the answers."""
   config, asked = exp.config, exp.rows.asked
-  names = {name: imsm_setup.digest(rows) for name, rows in asked.items()}
-  prose = imsm_setup.digest(exp.rows.prose)
+  names = {name: imsm_rows.digest(rows) for name, rows in asked.items()}
+  prose = imsm_rows.digest(exp.rows.prose)
   settings = (config.eval.generate, config.eval.max_new_tokens)
+  settings += (config.data.max_answer_tokens, imsm_report.VERSION)
   dtypes = (config.train.base_dtype, config.train.compute_dtype)
   key = chain.settings_key(exp.base.name, names, prose, settings, dtypes)
   path = exp.cache / f"base-{key}.json"
   if path.exists():
+    _log.info("the base's answers are taken from %s", path)
     return imsm_report.read(path)
   found = imsm_report.report(
     config, exp.base.plain, exp.base.weights, imsm.Params(None, {}), exp.rows,
@@ -148,11 +161,16 @@ def train(
 ) -> imsm_bench.Trained | None:
   """Train, or take an equal training from the cache; None when stopped."""
   config, base = exp.config, exp.base
+  # How calls, checkpoints and lines are laid out decides nothing.
+  same = dataclasses.replace(
+    settings, steps_per_call=1, save_steps=0, log_steps=0
+  )
   key = chain.settings_key(
-    base.name, exp.rows.digest(), settings, _learned(config), config.seed
+    base.name, exp.rows.digest(), same, imsm_setup.learned(config), config.seed
   )
   found = chain.load_weights(exp.cache, key, params)
   if found is not None:
+    _log.info("an equal training is taken from %s", exp.cache / key)
     return imsm_bench.Trained(found.weights, found.record)
   batch_at = batches.batch_at
   if config.train.frozen_features and config.gate.mode != imsm.NONE:
@@ -182,19 +200,6 @@ def train(
   return trained
 
 
-def _learned(config) -> dict[str, Any]:
-  """Settings that decide what is learned, beside `Training`."""
-  adapter = config.adapter.to_dict()
-  del adapter["scale"]
-  train = {
-    k: config.train[k] for k in ("batch_size", "layout", "compute_dtype")
-  }
-  parts = {"adapter": adapter, "gate": config.gate.to_dict(), "train": train}
-  return json.loads(
-    json.dumps(parts | {"compat": config.compat.to_dict()}, default=list)
-  )
-
-
 def frozen_features(exp: Experiment) -> imsm_features.Table | None:
   """The frozen branch's features of all training rows; None when stopped."""
   config, bench, rows = exp.config, exp.base.bench, exp.rows.train
@@ -212,7 +217,12 @@ def frozen_features(exp: Experiment) -> imsm_features.Table | None:
     place, bench.frozen_features(exp.base.weights), rows, packed,
     width=bench.model.config.hidden_size, stop=exp.stop, **given,
   )  # fmt: skip
-  return imsm_features.load(place, rows, **given) if done else None
+  if not done:
+    return None
+  table = imsm_features.load(place, rows, **given)
+  if table is None:
+    raise OSError(f"{place} was written and is not there: is the disk shared?")
+  return table
 
 
 def probe(exp: Experiment, step: int, state: Any) -> dict[str, float]:
@@ -239,22 +249,15 @@ def probe(exp: Experiment, step: int, state: Any) -> dict[str, float]:
 def ask_trained(
   exp: Experiment, params: imsm.Params
 ) -> imsm_report.Report | None:
-  """Ask what was trained; None when stopped.
-
-  The adapter alone goes into the weights: base + scale * (merged - base).
-  """
+  """Ask what was trained, an adapter alone as much as it is scaled."""
   config, base = exp.config, exp.base
-  bench, weights = base.bench, base.weights
+  bench = base.bench
   if config.gate.mode == imsm.NONE:
-    merged = merge.merge(weights["layers"], params.adapters)
-    scale = config.adapter.scale
-    layers = jax.tree.map(
-      lambda old, new: old + scale * (new - old), weights["layers"], merged
-    )
-    bench, weights = base.plain, {**weights, "layers": layers}
-    params = imsm.Params(None, {})
+    bench = base.plain
+    scaled = merge.scale(params.adapters, config.adapter.scale)
+    params = params._replace(adapters=scaled)
   return imsm_report.report(
-    config, bench, weights, params, exp.rows,
+    config, bench, base.weights, params, exp.rows,
     folder=exp.workdir / "predictions" / "after", stop=exp.stop,
   )  # fmt: skip
 
@@ -262,11 +265,11 @@ def ask_trained(
 def write_results(exp, before, after, record) -> None:
   """Write result.json, last of all files, and what goes with it."""
   config = exp.config
-  target = imsm_setup.task_names(config)[0]
+  target = imsm_rows.task_names(config)[0]
   result = imsm_report.headline(target, before, after, config.gate.mode)
   result |= record | {"seed": config.seed, "base": exp.base.name}
-  result |= {"rows": exp.rows.counts | {"train": len(exp.rows.train)}}
-  if note := imsm_setup.note(config, exp.base):
+  result |= {"rows": exp.rows.counts}
+  if note := imsm_rows.note(config, exp.base.bench.model.config.vocab_size):
     result["note"] = note
   result["tasks"] = imsm_report.by_task(before, after)
   if jax.process_index() != 0:

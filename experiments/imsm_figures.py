@@ -80,15 +80,17 @@ def _way(row, names):
 
 
 def _histogram(row):
-  """Share of the gate's entries by their value, a line per task."""
-  lines = {}
-  for run in row.done[:1]:
+  """Share of the gate's entries by their value, all seeds, a line per task."""
+  totals = collections.Counter()
+  for run in row.done:
     path = run.workdir / GATES_FILE
     found = json.loads(path.read_text()) if path.exists() else {}
     for name, counts in found.items():
-      counts = np.array(counts)
-      if counts.sum():
-        places = (np.arange(len(counts)) + 0.5) / len(counts)
-        shares = counts / counts.sum()
-        lines[name] = plots.Curve(places, shares, np.zeros(len(counts)))
+      totals[name] = totals[name] + np.array(counts)
+  lines = {}
+  for name, counts in totals.items():
+    if counts.sum():
+      places = (np.arange(len(counts)) + 0.5) / len(counts)
+      shares = counts / counts.sum()
+      lines[name] = plots.Curve(places, shares, np.zeros(len(counts)))
   return lines

@@ -5,10 +5,15 @@
 Runs that differ in nothing but a seed form a row; the first is the base, before
 any training. Mean ± standard deviation over seeds, percent. "kept" is the mean
 of the tasks that were not trained. "above the curve" is how many points more
-a row keeps than the adapter alone does when it is scaled down just so far that
-it still knows as much of the target (straight lines between the scales that
-there are): only what is above 0 is owed to the gate. The second table holds
-paired differences from the adapter alone, question by question.
+a row keeps than the adapter alone, scaled down just so far that it still knows
+as much of the target: straight lines between the scales that there are, which
+a bent curve may lie above. In brackets how many of the seeds have such a
+point; the others know more of the target than the adapter at any scale.
+
+The second table has paired differences, question by question within task and
+seed, from the adapter alone and from the smallest scale that knows, on average,
+at least as much of the target. The interval is of the questions (95 %), not of
+training: look at the seeds beside it.
 
 Writes matrix.md, target.png (target against what is kept: the curve of scaled
 adapters, the way of training, a point per row) and gates.png to --output.
@@ -86,13 +91,15 @@ def matrix(rows: Sequence[Row], names: Sequence[str]) -> str:
     gains = [
       above(trade(run, names, "score"), curve(curves[family(run)], names))
       for run in row.done
-      if not (is_alone(run))
+      if not is_alone(run)
     ]
+    known = [gain for gain in gains if gain is not None]
     gates = [_values(row.done, f"gate_{x}") for x in ("target", "others")]
     line = [title(row)]
     line += [_values(row.done, f"tasks.{name}.score") for name in names]
     line.append(_spread(trade(run, names, "score")[1] for run in row.done))
-    line.append(_spread(gain for gain in gains if gain is not None))
+    share = f" ({len(known)} of {len(gains)})" if gains else ""
+    line.append(_spread(known) + share)
     line.append(_values(row.done, "perplexity"))
     line.append(NONE if gates == [NONE, NONE] else ", ".join(gates))
     total = row.done[0].result.get("parameters.total")
@@ -101,34 +108,66 @@ def matrix(rows: Sequence[Row], names: Sequence[str]) -> str:
   return _markdown(lines)
 
 
+def references(
+  row: Row, rows: Sequence[Row], names: Sequence[str]
+) -> dict[str, Row]:
+  """What a row is compared with: the adapter alone, and one scaled down."""
+  kind = {family(run) for run in row.done}
+  alone = [
+    other
+    for other in rows
+    if other.done and is_alone(other.done[0]) and family(other.done[0]) in kind
+  ]
+  if not alone or is_alone(row.done[0]):
+    return {}
+  alone.sort(key=lambda other: float(setting(other.done[0], SCALE)))
+
+  def target(some):
+    return np.mean([trade(run, names, "score")[0] for run in some.done])
+
+  enough = [other for other in alone if target(other) >= target(row)]
+  found = {title(alone[-1]): alone[-1]}
+  return found | {title(other): other for other in enough[:1]}
+
+
 def paired(rows: Sequence[Row], names: Sequence[str]) -> str:
-  """Differences from the adapter alone on the same questions."""
-  alone = {}
-  for run in (run for row in rows for run in row.done):
-    if is_alone(run) and float(setting(run, SCALE)) == 1:
-      alone[family(run)] = run
-  lines = [["row", "target", "kept", "target by seed", "kept by seed"]]
+  """Differences from adapters alone on the same questions."""
+  rows = [row for row in rows if row.done]
+  lines = [["row", "against", "target", "kept", "by seed: target", "kept"]]
   lines.append(["---"] * len(lines[0]))
   for row in rows:
-    pairs = [
-      (_correct(run, names), _correct(alone[family(run)], names))
-      for run in row.done
-      if family(run) in alone and alone[family(run)] is not run
-    ]
-    if not pairs:
-      continue
-    cells, seeds = [], []
-    for part in (0, 1):
-      mine, other = (
-        np.concatenate([pair[side][part] for pair in pairs]) for side in (0, 1)
-      )
-      found = paired_bootstrap(mine, other)
-      low, mean, high = (100 * x for x in (found.low, found.mean, found.high))
-      cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
-      gaps = [100 * (a[part].mean() - b[part].mean()) for a, b in pairs]
-      seeds.append(", ".join(f"{gap:+.1f}" for gap in gaps))
-    lines.append([title(row), *cells, *seeds])
+    for name, other in references(row, rows, names).items():
+      found = compare(row, other, names)
+      if found:
+        lines.append([title(row), name, *found])
   return _markdown(lines) if len(lines) > 2 else ""
+
+
+def compare(row: Row, other: Row, names: Sequence[str]) -> list[str] | None:
+  """Cells of one line; None where no seed is done in both."""
+  by_seed = {run.config["seed"]: run for run in other.done}
+  pairs = [
+    (_correct(run, names), _correct(by_seed[run.config["seed"]], names))
+    for run in row.done
+    if run.config["seed"] in by_seed
+  ]
+  if not pairs:
+    return None
+  cells, seeds = [], []
+  for part in (slice(0, 1), slice(1, None)):  # the target, the other tasks
+    chosen = [list(zip(a[part], b[part], strict=True)) for a, b in pairs]
+    tasks = [task for seed in chosen for task in seed]
+    numbers = [np.full(len(a), i) for i, (a, _) in enumerate(tasks)]
+    found = paired_bootstrap(
+      np.concatenate([a for a, _ in tasks]),
+      np.concatenate([b for _, b in tasks]),
+      groups=np.concatenate(numbers),
+    )
+    low, mean, high = (100 * x for x in (found.low, found.mean, found.high))
+    cells.append(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]")
+    gaps = [100 * np.mean([(a - b).mean() for a, b in seed]) for seed in chosen]
+    seeds.append(", ".join(f"{gap:+.1f}" for gap in gaps))
+  return [*cells, *seeds]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -147,13 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     runs = find_runs(flags.roots)
     names = task_names(runs)
-    if len(names) < 2:
-      raise ValueError("no run of experiments.imsm with two tasks is done yet")
+    rows = group(runs, label_keys(runs, flags.ignore.split(",")))
+    text = f"{matrix(rows, names)}\nTarget: {names[0]}.\n\n"
+    text += paired(rows, names)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  rows = group(runs, label_keys(runs, flags.ignore.split(",")))
-  text = f"{matrix(rows, names)}\nTarget: {names[0]}.\n\n{paired(rows, names)}"
   for note in dict.fromkeys(run.note for run in runs if run.note):
     text += f"\nNote: {note}.\n"
   output.mkdir(parents=True, exist_ok=True)
@@ -165,10 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _correct(run, names):
-  """Which questions are right: of the target, and of all others."""
-  found = json.loads((run.workdir / CORRECT_FILE).read_text())["after"]
-  others = np.concatenate([np.array(found[n], float) for n in names[1:]])
-  return np.array(found[names[0]], float), others
+  """Which questions are right, task by task."""
+  path = run.workdir / CORRECT_FILE
+  if not path.is_file():
+    raise ValueError(f"{path} does not exist: not a run of experiments.imsm")
+  found = json.loads(path.read_text())["after"]
+  return [np.array(found[name], float) for name in names]
 
 
 def _spread(values):

@@ -1,10 +1,12 @@
 """What the tables and figures of IMSM runs have in common."""
 
+import json
 from collections.abc import Sequence
 
 import numpy as np
 
 from experiments.runs import BASELINE, Row, Run
+from experiments.sweep import RESULT_FILE
 
 SCALE, MODE, RANK = "adapter.scale", "gate.mode", "gate.rank"
 ALONE = "none"
@@ -45,14 +47,30 @@ def family(run: Run) -> tuple:
 
 
 def task_names(runs: Sequence[Run]) -> list[str]:
-  """Tasks of the results, the target first."""
-  found = [
-    key.split(".")[1]
-    for run in runs
-    for key in run.result or {}
-    if key.startswith("tasks.") and key.endswith(".score")
-  ]
-  return list(dict.fromkeys(found))
+  """Tasks of the results, the target first.
+
+  Raises:
+    ValueError: no run is done, or runs of other tasks or another base.
+  """
+  first: tuple[Run, list[str], str] | None = None
+  for run in (run for run in runs if run.result is not None):
+    path = run.workdir / RESULT_FILE
+    result = json.loads(path.read_text())
+    names = list(result.get("tasks", ()))
+    if len(names) < 2:
+      raise ValueError(
+        f"{path} is no result of experiments.imsm with two tasks"
+      )
+    first = first or (run, names, result["base"])
+    if (names, result["base"]) != first[1:]:
+      raise ValueError(
+        f"{run.workdir} has tasks {names}, base {result['base']}; "
+        f"{first[0].workdir} has {first[1]}, {first[2]}: a matrix is of runs "
+        "with one target, the same tasks and one base"
+      )
+  if first is None:
+    raise ValueError("no run is done yet")
+  return first[1]
 
 
 def trade(run: Run, names: Sequence[str], when: str) -> tuple[float, float]:

@@ -53,6 +53,32 @@ def unmerge(
   return _changed(layers, adapters, chosen, undo)
 
 
+def scale(adapters: Mapping[str, Any], factor: float | int) -> dict[str, Any]:
+  """Return adapters whose change of the weights is `factor` times as large.
+
+  LoRA and AdaLoRA: their scale times the factor. (IA)3: 1 + factor * (l - 1).
+
+  Raises:
+    ValueError: DoRA, whose change has no scaled form, unless the factor is 1.
+  """
+  out: dict[str, Any] = {}
+  for key, leaf in adapters.items():
+    if isinstance(leaf, Mapping):
+      if "magnitude" in leaf and factor != 1:
+        raise ValueError(
+          "DoRA's columns are stretched, not added to: it cannot be scaled by "
+          f"{factor}; merge it and interpolate the weights instead"
+        )
+      out[key] = scale(leaf, factor)
+    elif key == "scale":
+      out[key] = factor * leaf
+    elif key in ("ia3_in", "ia3_out"):
+      out[key] = 1 + factor * (leaf - 1)
+    else:
+      out[key] = leaf
+  return out
+
+
 def dora_norms(
   layers: Mapping[str, Any], adapters: Mapping[str, Any], chosen: int = 1
 ) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def paired_bootstrap(
   first: Sequence[float | int] | np.ndarray,
   second: Sequence[float | int] | np.ndarray,
   *,
+  groups: Sequence[int] | np.ndarray | None = None,
   seed: int = 0,
   samples: int = 10_000,
   level: float = 0.95,
@@ -67,6 +68,8 @@ def paired_bootstrap(
   Args:
     first: a score per question.
     second: the other method's, of the same questions in the same order.
+    groups: a number per question (its task and run, say): questions are
+      resampled within their group, and the mean is that of the groups' means.
     seed: the same seed gives the same result.
     samples: number of resamplings.
     level: of the interval, in (0, 1).
@@ -86,19 +89,29 @@ def paired_bootstrap(
   gap = first - second
   if not np.isfinite(gap).all():
     raise ValueError("scores must be finite; drop or fix the unscored ones")
-  rng, size = np.random.default_rng(seed), gap.size
-  rows = max(1, _CHUNK // size)
-  means = np.concatenate(
+  groups = np.zeros(gap.size, int) if groups is None else np.asarray(groups)
+  if groups.shape != gap.shape:
+    raise ValueError(f"groups has shape {groups.shape}, scores {gap.shape}")
+  rng = np.random.default_rng(seed)
+  parts = [gap[groups == group] for group in np.unique(groups)]
+  means = np.mean([_resampled(part, rng, samples) for part in parts], axis=0)
+  mean = float(np.mean([part.mean() for part in parts]))
+  tail = (1 - level) / 2
+  low, high = np.quantile(means, [tail, 1 - tail])
+  below, above = (means <= 0).sum() + 1, (means >= 0).sum() + 1
+  p_value = min(1.0, 2 * min(below, above) / (samples + 1))
+  return Difference(mean, float(low), float(high), float(p_value))
+
+
+def _resampled(gap, rng, samples):
+  """Means of so many resamplings, in pieces that fit into memory."""
+  size, rows = gap.size, max(1, _CHUNK // gap.size)
+  return np.concatenate(
     [
       gap[rng.integers(size, size=(min(rows, samples - done), size))].mean(1)
       for done in range(0, samples, rows)
     ]
   )
-  tail = (1 - level) / 2
-  low, high = np.quantile(means, [tail, 1 - tail])
-  below, above = (means <= 0).sum() + 1, (means >= 0).sum() + 1
-  p_value = min(1.0, 2 * min(below, above) / (samples + 1))
-  return Difference(float(gap.mean()), float(low), float(high), float(p_value))
 
 
 def mean_sd(values: Sequence[float | int]) -> tuple[float, float | None]:

@@ -241,7 +241,7 @@ def make_optimizer(
   params: imsm.Params, settings: Training
 ) -> optax.GradientTransformation:
   """Make the optimiser with its schedule."""
-  warmup = math.ceil(settings.warmup_percent / 100 * settings.total_steps)
+  warmup = int(settings.warmup_percent / 100 * settings.total_steps)
   schedule = optimizer.make_schedule(
     settings.schedule,
     settings.rate,

@@ -1,7 +1,10 @@
 """Ask a model all tasks before and after it has learned one of them."""
 
 import json
+import logging
+import os
 import pathlib
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,9 +16,11 @@ from jaxmem.data.tokenize import Encoded
 from jaxmem.evaluation import tasks
 from jaxmem.methods import imsm
 from jaxmem.methods.imsm_bench import Bench
-from jaxmem.methods.imsm_setup import Rows
+from jaxmem.methods.imsm_rows import Rows
 
-SPARE_TOKENS = 8  # beyond the longest gold; a longer answer cannot match
+VERSION = 1  # of the scores: kept answers of the base are not mixed with others
+SPARE_TOKENS = 8  # beyond the longest gold: a longer answer cannot be equal
+_log = logging.getLogger(__name__)
 
 
 class Asked(NamedTuple):
@@ -65,10 +70,16 @@ def report(
   """
   found = {}
   for name, asked in rows.asked.items():
+    began = time.monotonic()
     one = ask(config, bench, weights, params, name, asked, folder, stop)
     if one is None:
       return None
     found[name] = one
+    seconds = time.monotonic() - began
+    _log.info(
+      "asked %s: %.1f %%, %d questions in %.0f s",
+      name, one.score, len(asked), seconds,
+    )  # fmt: skip
   perplexity = None
   if rows.prose:
     scores = bench.score(
@@ -101,12 +112,12 @@ def ask(
   metrics = {"score": forced.accuracy}
   correct = forced.exact
   if settings.generate:
-    longest = max(row.labels for row in rows) + SPARE_TOKENS
     texts = bench.answer(
       weights,
       params,
       rows,
-      max_new_tokens=settings.max_new_tokens or longest,
+      max_new_tokens=settings.max_new_tokens
+      or longest(config, bench, name, rows),
       batch_size=settings.batch_size,
       stop=stop,
     )
@@ -126,6 +137,21 @@ def ask(
     forced.histogram.tolist(),
     np.asarray(correct).astype(int).tolist(),
   )
+
+
+def longest(
+  config: ConfigDict, bench: Bench, name: str, rows: list[Encoded]
+) -> int:
+  """How many tokens an answer may have.
+
+  Where only an equal answer counts, some more than the longest gold has; else,
+  since an answer may be found in a longer text, data.max_answer_tokens.
+  """
+  if tasks.headline(name) != "em":
+    return config.data.max_answer_tokens
+  golds = {gold for row in rows for gold in row.example.answers}
+  ids = bench.tokenizer(sorted(golds), add_special_tokens=False)["input_ids"]
+  return max(map(len, ids)) + SPARE_TOKENS
 
 
 def write_predictions(
@@ -149,7 +175,7 @@ def write(path: pathlib.Path, found: Report) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   asked = {name: one._asdict() for name, one in found.tasks.items()}
   content = {"tasks": asked, "perplexity": found.perplexity}
-  partial = path.with_suffix(".partial")
+  partial = path.with_suffix(f".{os.getpid()}")  # runs may come here together
   partial.write_text(json.dumps(content))
   partial.rename(path)
 

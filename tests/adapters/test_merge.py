@@ -187,3 +187,27 @@ def test_errors():
     trees.combine([])
   with pytest.raises(ValueError, match="not among the targets"):
     ia3.init(LAYERS, ("q_proj",), ("down_proj",))
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora", "ia3"])
+@pytest.mark.parametrize("factor", [0.0, 0.25, 1.0])
+def test_a_scaled_adapter_changes_the_weights_as_much(kind, factor):
+  tree = _moved(kind)
+  merged = merge.merge(LAYERS, tree)
+  scaled = merge.merge(LAYERS, merge.scale(tree, factor))
+  jax.tree.map(
+    lambda base, all_, part: np.testing.assert_allclose(
+      part, base + factor * (all_ - base), atol=1e-5
+    ),
+    LAYERS,
+    merged,
+    scaled,
+  )
+
+
+def test_dora_has_no_scaled_form():
+  tree = _moved("dora")
+  same = jax.tree.map(np.array_equal, merge.scale(tree, 1), tree)
+  assert all(jax.tree.leaves(same))
+  with pytest.raises(ValueError, match="cannot be scaled by 0.5"):
+    merge.scale(tree, 0.5)

@@ -47,6 +47,23 @@ def test_paired_bootstrap_covers_zero_as_often_as_it_says():
   assert 2 <= rejected <= 24  # 10 expected, sd 3, percentile a bit narrow
 
 
+def test_groups_count_alike_whatever_their_sizes():
+  first, second = [1.0] * 10 + [0.0] * 1000, [0.0] * 1010
+  groups = [0] * 10 + [1] * 1000
+  got = statistics.paired_bootstrap(first, second, groups=groups, samples=99)
+  assert got[:3] == (0.5, 0.5, 0.5), "nothing varies within a group"
+  rng = np.random.default_rng(0)
+  first = np.concatenate([rng.normal(0, 1, 100), rng.normal(5, 1, 400)])
+  got = statistics.paired_bootstrap(
+    first, np.zeros(500), groups=[0] * 100 + [1] * 400
+  )
+  half = 1.96 * (1 / 100 + 1 / 400) ** 0.5 / 2
+  assert got.mean == pytest.approx(
+    (first[:100].mean() + first[100:].mean()) / 2
+  )
+  assert got.high - got.low == pytest.approx(2 * half, rel=0.15)
+
+
 def test_paired_bootstrap_limits():
   same = statistics.paired_bootstrap([1.0, 0.0], [1.0, 0.0])
   assert same == (0.0, 0.0, 0.0, 1.0)
@@ -60,6 +77,7 @@ def test_paired_bootstrap_limits():
     ([1.0], [1.0, 2.0], {}, "shape"),
     ([], [], {}, "at least one"),
     ([float("nan")], [1.0], {}, "finite"),
+    ([1.0], [1.0], {"groups": [1, 2]}, "groups has shape"),
     ([1.0], [1.0], {"level": 1.0}, "level"),
     ([1.0], [1.0], {"samples": 0}, "samples"),
   ],

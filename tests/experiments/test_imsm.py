@@ -10,7 +10,9 @@ import pytest
 from experiments import imsm as experiment
 from experiments import imsm_matrix, imsm_pilot, pilot, sweep
 from jaxmem import config as configs
-from jaxmem.methods import imsm_bench, imsm_setup
+from jaxmem.data import tokenize
+from jaxmem.data.records import question_answer
+from jaxmem.methods import imsm_bench, imsm_rows, imsm_setup
 from jaxmem.training.logging import read_metrics
 from tests.experiments.conftest import StopAfter
 
@@ -130,7 +132,7 @@ def test_kept_features_change_nothing(run, tmp_path):
     lines = [line for line in read_metrics(workdir) if "loss" in line]
     losses.append([line["loss"] for line in lines])
   assert list((tmp_path / "kept" / "features").iterdir())
-  np.testing.assert_allclose(losses[0][:2], losses[1][:2], atol=1e-6)
+  np.testing.assert_allclose(losses[0][:2], losses[1][:2], atol=1e-4)
   np.testing.assert_allclose(*losses, atol=1e-3)
 
 
@@ -143,6 +145,8 @@ def test_an_adapter_alone_and_scaled(run, tmp_path):
   for result in (none, half):
     assert result["seconds"] == full["seconds"], "trained once"
   assert none["perplexity"] == none["perplexity_before"]
+  again = run(tmp_path / "again", **alone, **{"train.save_steps": 5})
+  assert again["from_cache"], "how it is saved decides nothing"
   losses = [r["tasks"]["world-differences"]["nll"] for r in (none, half, full)]
   assert losses[0] > losses[1] > losses[2]
 
@@ -155,8 +159,12 @@ def test_what_was_trained_comes_back(run, tmp_path):
   again = run(tmp_path / "again", start=str(folder))
   assert again["steps"] == 0 and again["tokens"] == 0
   assert again["tasks"] == first["tasks"]
-  with pytest.raises(ValueError, match="was trained with gate.mode=query_gate"):
-    run(tmp_path / "other", start=str(folder), **{"gate.mode": "gate"})
+  for changes, message in (
+    ({"gate.mode": "gate"}, "was trained with gate.mode=query_gate"),
+    ({"adapter.rank": 3}, "of another kind, rank or targets"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      run(tmp_path / "other", start=str(folder), **changes)
 
 
 def test_adalora_deals_out_its_ranks(run, tmp_path):
@@ -199,7 +207,7 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
   sums = [
     {"question": f"What is {i}?", "answer": f"So.\n#### {i}"} for i in "12"
   ]
-  plain = [{"question": "Who?", "answer": "x"}]
+  plain = [{"question": "Who?", "answer": "x", "context": "It is x."}]
   folder = tmp_path / "files"
   folder.mkdir()
   mrpc, webq, gsm8k, mine = (
@@ -213,8 +221,9 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
     "data.target": f"mrpc:{mrpc}",
     "data.target_test": f"mrpc:{mrpc}",
     "data.others": f"('webq:{webq}', 'gsm8k:{gsm8k}', '{mine}')",
-    "data.long_prompts": "left",
     "data.max_prompt_tokens": 8,
+    "data.max_answer_tokens": 8,
+    "data.test_prompt_tokens": 0,
     "data.prose": "",
     "eval.generate": True,
   }
@@ -222,9 +231,14 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
   assert list(result["tasks"]) == ["mrpc", "webq", "gsm8k", "mine"]
   assert {"accuracy", "em", "contain", "f1_yes"} <= set(result["tasks"]["mrpc"])
   assert "gsm8k_acc" in result["tasks"]["gsm8k"]
-  assert (
-    result["rows"]["prompts_cut"] > 0 and "pipeline check" in result["note"]
-  )
+  assert "pipeline check" in result["note"]
+  counts = result["rows"]
+  assert counts["training rows"]["prompts_cut"] > 0
+  assert counts["webq"]["prompts_cut"] == 0
+  assert counts["mrpc"]["trained_on"] == 4, "it is the same file"
+  path = tmp_path / "run" / "predictions" / "after" / "mine.jsonl"
+  asked = json.loads(path.read_text())["input"]
+  assert asked == "<|user|>\nIt is x.\nWho?\n<|assistant|>\n"
   path = tmp_path / "run" / "predictions" / "after" / "webq.jsonl"
   assert json.loads(path.read_text().splitlines()[0])["output"] == ["a", "b"]
 
@@ -258,14 +272,40 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
     ({"data.long_prompts": "middle"}, "data.long_prompts"),
     ({"data.prose": "none.txt"}, "data.prose is 'none.txt'"),
     ({"start": "{dir}"}, "adapter"),
-    ({"train.rate": 0.0}, "train.rate must be above 0"),
+    ({"train.rate": 0.0}, "train.rate is 0.0; it must be above 0"),
+    ({"train.warmup_percent": 150.0}, "train.warmup_percent is 150.0"),
+    ({"eval.batch_size": 0}, "eval.batch_size is 0; it must be at least 1"),
+    ({"train.microbatches": 0}, "train.microbatches is 0"),
+    ({"compat.orthogonality": True}, "adapter.kind=adalora, not lora"),
+    (
+      {"compat.adafactor_relative": True},
+      "train.optimizer=adafactor, not adamw",
+    ),
+    (
+      {"adapter.kind": "adalora", "adapter.adalora": "full"},
+      "ranks fall to it from adapter.rank=2",
+    ),
+    (
+      {"adapter.kind": "dora", "gate.mode": "none", "adapter.scale": 0.5},
+      "DoRA cannot be scaled",
+    ),
+    (
+      {"data.target": "mrpc", "data.others": "('freebaseqa',)"},
+      "data.others: the test rows of freebaseqa have no source of their own",
+    ),
+    (
+      {"data.others": "('{chats}',)", "data.validation_size": 0},
+      "it needs a question and an answer behind it",
+    ),
   ],
 )
 def test_wrong_settings_are_refused(run, tmp_path, changes, message):
   rows = [{"question": f"Q{i}?", "answer": "a"} for i in range(5)]
   file = write_rows(tmp_path / "rows.jsonl", rows)
+  turns = [{"messages": [{"role": "user", "content": "Q?"}]}]
+  chats = write_rows(tmp_path / "chats.jsonl", turns)
   changes = {
-    key: value.format(file=file, dir=tmp_path)
+    key: value.format(file=file, chats=chats, dir=tmp_path)
     if isinstance(value, str)
     else value
     for key, value in changes.items()
@@ -276,9 +316,16 @@ def test_wrong_settings_are_refused(run, tmp_path, changes, message):
 
 
 def test_configs_by_name():
-  for name in ("smoke", "tiny", "paper"):
+  for name in ("smoke", "tiny", "paper", "paper_dora", "paper_adalora",
+               "paper_ia3"):  # fmt: skip
     config = configs.load(f"{CONFIG}:{name}")
+    if name.startswith("paper"):
+      with pytest.raises(ValueError, match="freebaseqa:FILE"):
+        imsm_setup.check_config(config)
+      config.data.others = config.data.others[:-1]
     imsm_setup.check_config(config)
+    kind = name.partition("_")[2]
+    assert config.adapter.kind == (kind or "lora")
   with pytest.raises(ValueError, match="configs/imsm.py:big is unknown"):
     configs.load(f"{CONFIG}:big")
 
@@ -314,6 +361,17 @@ def test_the_pilot_chooses_by_its_rule():
     pilot.cells(imsm_pilot.PILOT, [])
 
 
+def test_kept_answers_are_of_the_same_golds():
+  row = tokenize.Encoded(np.arange(3), np.arange(3) > 1)
+  names = {
+    imsm_rows.digest(
+      [row._replace(example=question_answer(0, "q", golds, "g"))]
+    )
+    for golds in (["a"], ["a", "b"], ["a", "c"])
+  }
+  assert len(names) == 3
+
+
 def test_points_above_a_curve_of_scaled_adapters():
   line = np.array([[0.0, 90.0], [40.0, 80.0], [80.0, 30.0]])
   above = functools.partial(imsm_matrix.above, line=line)
@@ -341,10 +399,20 @@ def test_the_matrix_of_runs(run, tmp_path, capsys):
     line.split(" | ") for line in printed.splitlines() if line[:1] == "|"
   ]
   assert lines[0][0] == "| row" and "above the curve" in lines[0]
-  assert lines[2][0] == "| base" and len(lines) == 2 + 4 + 2 + 2
+  assert lines[2][0] == "| base"
+  names = {line[0] for line in lines[3:6]}
+  assert names == {
+    "| lora alone",
+    "| lora alone, x 0.5",
+    "| lora, query_gate of rank 2",
+  }
+  assert lines[8][:2] == ["| lora, query_gate of rank 2", "lora alone"]
   for name in ("matrix.md", "target.png", "gates.png"):
     assert (root / "report" / name).stat().st_size > 100
   assert imsm_matrix.main([str(tmp_path / "none")]) == 2
+  run(tmp_path / "runs" / "other", **{"data.others": "('world-sums',)"})
+  assert imsm_matrix.main([str(root)]) == 2
+  assert "a matrix is of runs with one target" in capsys.readouterr().err
 
 
 def test_many_devices_learn_the_same(run, tmp_path):
