@@ -23,7 +23,8 @@ def draw(
   gates = {}
   by_kind = collections.defaultdict(list)
   for row in (row for row in rows if row.done):
-    by_kind[setting(row.done[0], "adapter.kind")].append(row)
+    kind = setting(row.done[0], "adapter.kind")
+    by_kind[f"{kind}: kept, %"].append(row)
   for kind, members in by_kind.items():
     alone = [row for row in members if is_alone(row.done[0])]
     alone.sort(key=lambda row: float(setting(row.done[0], SCALE)))
@@ -63,15 +64,16 @@ def _line(points):
 
 
 def _way(row, names):
-  """(target, kept) at the looks in between, from few questions."""
-  logs = [
-    [
-      run.curves.get(f"train/task/{n}", run.curves.get(f"task/{n}", {}))
-      for n in names
-    ]
-    for run in row.done
-  ]
-  steps = set.intersection(*(set(log) for logs_ in logs for log in logs_))
+  """(target, kept) at the looks in between, from few questions.
+
+  A training that was taken from the cache has left no looks.
+  """
+  logs = [[run.curves.get(f"train/task/{n}", {}) for n in names]
+          for run in row.done]  # fmt: skip
+  logs = [log for log in logs if all(log)]
+  if not logs:
+    return None
+  steps = set.intersection(*(set(curve) for log in logs for curve in log))
   points = [
     [(log[0][s], float(np.mean([x[s] for x in log[1:]]))) for log in logs]
     for s in sorted(steps)
