@@ -1,7 +1,11 @@
 """IMSM's contestants: decoding and training steps, told to go by `worker`."""
 
+import atexit
+import pathlib
+import shutil
+import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +15,7 @@ from benchmarks import shapes
 from jaxmem.adapters import lora
 from jaxmem.data.packing import PackedBatch
 from jaxmem.memory import gate
-from jaxmem.methods import imsm, remix
+from jaxmem.methods import imsm, imsm_features, remix
 from jaxmem.models import decoder, generate
 from jaxmem.training import parallel
 from jaxmem.training.step import init_state, make_train_step
@@ -43,6 +47,12 @@ def _setup(spec):
     config, dtype=dtype, remat=spec["remat"], chunk=spec["length"]
   )
   return config, model, base, imsm.Params(adapters, drawn)
+
+
+class Labelled(NamedTuple):
+  """What a table of features needs to know of a row."""
+
+  labels: int
 
 
 class _Timed:
@@ -179,23 +189,39 @@ class TrainImsm(_Timed):
       )
     else:
       loss = imsm.make_loss(model)
+    table = None
     if spec["arm"] == "imsm, cached":
-      known = parallel.compile_function(
-        lambda base, batch: imsm.features(
-          batch, imsm.hidden(model, base, batch)
-        )
-      )(base, batch)
-      batch = (batch, known)
+      files = tempfile.mkdtemp()
+      atexit.register(shutil.rmtree, files, ignore_errors=True)
+      table = _keep(model, base, batch, pathlib.Path(files))
     step = parallel.compile_function(
       make_train_step(loss, tx), donate_argnums=(0,)
     )
     self._state, rng = init_state(params, tx, ()), jax.random.key(0)
 
     def go():
-      self._state, metrics = step(self._state, base, batch, rng)
+      given = batch
+      if table is not None:  # read anew in every step, as training does
+        given = (batch, imsm_features.lookup(table, batch))
+      self._state, metrics = step(self._state, base, given, rng)
       return self._state, metrics
 
     self._go = go
+
+
+def _keep(model, base, batch, directory) -> imsm_features.Table:
+  """The frozen branch's features in files, mapped into memory."""
+  run = parallel.compile_function(
+    lambda base, batch: imsm.features(batch, imsm.hidden(model, base, batch))
+  )
+  labels = batch.labels.shape[1]
+  rows = [Labelled(labels) for _ in batch.ids]
+  given = {"dtype": model.dtype, "model": "", "data": ""}
+  imsm_features.make(
+    directory / "features", lambda batch: run(base, batch), rows, [batch],
+    width=model.config.hidden_size, **given,
+  )  # fmt: skip
+  return imsm_features.load(directory / "features", rows, **given)
 
 
 def _answers(config, rows, length) -> PackedBatch:
@@ -206,7 +232,8 @@ def _answers(config, rows, length) -> PackedBatch:
   index = np.broadcast_to(at, (rows, len(at)))
   count = np.broadcast_to(np.arange(length, dtype=np.int32), ids.shape)
   one = np.zeros((rows, 1), np.int32)
+  number = np.arange(rows, dtype=np.int32)[:, None]
   return PackedBatch(
     ids, np.ones_like(ids), count, index, ids[:, at + 1],
-    np.zeros_like(index), one, one,
+    np.zeros_like(index), number, one,
   )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -359,6 +360,14 @@ def test_the_pilot_chooses_by_its_rule():
   assert imsm_pilot.PILOT.choose is imsm_pilot.choose
   with pytest.raises(ValueError, match="no run of the pilot is done"):
     pilot.cells(imsm_pilot.PILOT, [])
+
+
+def test_the_config_is_what_the_pilot_chose():
+  record = json.loads(pathlib.Path("configs/imsm_pilot.json").read_text())
+  assert imsm_pilot.choose(record["cells"]) == record["chosen"]
+  config = configs.flatten(configs.load(f"{CONFIG}:tiny"))
+  for key in imsm_pilot.KEYS:
+    assert config[key] == record["chosen"][key]
 
 
 def test_kept_answers_are_of_the_same_golds():
