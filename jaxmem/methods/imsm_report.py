@@ -104,6 +104,7 @@ def ask(
 ) -> Asked | None:
   """Ask one task, by teacher forcing and (eval.generate) by generation."""
   settings = config.eval
+  task = rows[0].example.group  # never by a file's name
   forced = bench.score(
     weights, params, rows, batch_tokens=settings.batch_tokens, stop=stop
   )
@@ -117,16 +118,16 @@ def ask(
       params,
       rows,
       max_new_tokens=settings.max_new_tokens
-      or longest(config, bench, name, rows),
+      or longest(config, bench, task, rows),
       batch_size=settings.batch_size,
       stop=stop,
     )
     if texts is None:
       return None
     golds = [list(row.example.answers) for row in rows]
-    metrics = tasks.score(name, texts, golds)
-    metrics["score"] = metrics[tasks.headline(name)]
-    correct = tasks.correct(name, texts, golds)
+    metrics = tasks.score(task, texts, golds)
+    metrics["score"] = metrics[tasks.headline(task)]
+    correct = tasks.correct(task, texts, golds)
     if folder is not None and jax.process_index() == 0:
       write_predictions(folder / f"{name}.jsonl", rows, texts)
   return Asked(
@@ -140,14 +141,14 @@ def ask(
 
 
 def longest(
-  config: ConfigDict, bench: Bench, name: str, rows: list[Encoded]
+  config: ConfigDict, bench: Bench, task: str, rows: list[Encoded]
 ) -> int:
   """How many tokens an answer may have.
 
   Where only an equal answer counts, some more than the longest gold has; else,
   since an answer may be found in a longer text, data.max_answer_tokens.
   """
-  if tasks.headline(name) != "em":
+  if tasks.headline(task) != "em":
     return config.data.max_answer_tokens
   golds = {gold for row in rows for gold in row.example.answers}
   ids = bench.tokenizer(sorted(golds), add_special_tokens=False)["input_ids"]

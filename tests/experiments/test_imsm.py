@@ -215,7 +215,7 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
     write_rows(folder / name, rows)
     for name, rows in (
       ("said.jsonl", said), ("w.jsonl", asked), ("g.jsonl", sums),
-      ("mine.jsonl", plain),
+      ("cola.jsonl", plain),
     )
   )  # fmt: skip
   changes = {
@@ -229,15 +229,16 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
     "eval.generate": True,
   }
   result = run(tmp_path / "run", **changes)
-  assert list(result["tasks"]) == ["mrpc", "webq", "gsm8k", "mine"]
+  assert list(result["tasks"]) == ["mrpc", "webq", "gsm8k", "cola"]
   assert {"accuracy", "em", "contain", "f1_yes"} <= set(result["tasks"]["mrpc"])
   assert "gsm8k_acc" in result["tasks"]["gsm8k"]
+  assert "f1" in result["tasks"]["cola"], "a file's name chooses no metric"
   assert "pipeline check" in result["note"]
   counts = result["rows"]
   assert counts["training rows"]["prompts_cut"] > 0
   assert counts["webq"]["prompts_cut"] == 0
   assert counts["mrpc"]["trained_on"] == 4, "it is the same file"
-  path = tmp_path / "run" / "predictions" / "after" / "mine.jsonl"
+  path = tmp_path / "run" / "predictions" / "after" / "cola.jsonl"
   asked = json.loads(path.read_text())["input"]
   assert asked == "<|user|>\nIt is x.\nWho?\n<|assistant|>\n"
   path = tmp_path / "run" / "predictions" / "after" / "webq.jsonl"
