@@ -12,6 +12,7 @@ from jaxmem.data import packing
 from jaxmem.data.mixing import MAIN
 from jaxmem.methods import baselines, remix
 from jaxmem.models import decoder, generate
+from jaxmem.models.config import ModelConfig
 from jaxmem.training import parallel
 from jaxmem.training.step import make_train_step
 
@@ -40,6 +41,53 @@ class Training:
   save_steps: int = 0
   log_steps: int = 0  # 0: once an epoch
   compat_shards: int = 1
+
+
+def place(mesh: Any, batch: Any) -> Any:
+  """Put a whole host batch, equal on all processes, on the devices."""
+  rows = jax.tree.leaves(batch)[0].shape[0]
+  keep = parallel.local_rows(mesh, rows)
+  return parallel.place(jax.tree.map(lambda x: x[keep], batch), mesh, rows)
+
+
+def answer(
+  config: ModelConfig,
+  weights: Any,
+  tokenizer: Any,
+  prompts: Sequence[Sequence[int]],
+  *,
+  mesh: Any,
+  max_new_tokens: int,
+  batch_size: int,
+  stop: Callable[[int], bool] = lambda batch: False,
+  **context: Any,
+) -> list[str] | None:
+  """Continue prompts greedily; None once `stop`, polled between, says so.
+
+  Args:
+    weights, tokenizer: of the model.
+    prompts: token ids.
+    mesh: devices.
+    max_new_tokens: at most so many, fewer where the model ends its answer.
+    batch_size: prompts at once, a multiple of the batch axis' shards.
+    context: further arguments of `generate_text`.
+  """
+  settings = generate.GenerateSettings(max_new_tokens=max_new_tokens)
+  texts: list[str] = []
+  for start in range(0, len(prompts), POLLED_BATCHES * batch_size):
+    if stop(start):
+      return None
+    texts += generate.generate_text(
+      config,
+      weights,
+      tokenizer,
+      prompts[start : start + POLLED_BATCHES * batch_size],
+      settings,
+      batch_size=batch_size,
+      place=lambda batch: place(mesh, batch),
+      **context,
+    )
+  return texts
 
 
 class Bench:
@@ -85,12 +133,8 @@ class Bench:
     return parallel.local_rows(self.mesh, rows)
 
   def place(self, batch: Any) -> Any:
-    """Put a whole host batch, equal on all processes, on the devices."""
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    keep = self.local_rows(rows)
-    return parallel.place(
-      jax.tree.map(lambda x: x[keep], batch), self.mesh, rows
-    )
+    """Put a whole host batch on the devices, see `place`."""
+    return place(self.mesh, batch)
 
   def scorer(
     self, weights: Any
@@ -119,23 +163,11 @@ class Bench:
       batch_size: prompts at once, rounded up to a multiple of `shards`.
     """
     batch_size = -(-batch_size // self.shards) * self.shards
-    settings = generate.GenerateSettings(max_new_tokens=max_new_tokens)
-    texts: list[str] = []
-    for start in range(0, len(prompts), POLLED_BATCHES * batch_size):
-      if stop(start):
-        return None
-      texts += generate.generate_text(
-        self.model.config,
-        weights,
-        tokenizer,
-        prompts[start : start + POLLED_BATCHES * batch_size],
-        settings,
-        batch_size=batch_size,
-        place=self.place,
-        constrain=self.model.constrain,
-        dtype=self.model.dtype,
-      )
-    return texts
+    return answer(
+      self.model.config, weights, tokenizer, prompts, mesh=self.mesh,
+      max_new_tokens=max_new_tokens, batch_size=batch_size, stop=stop,
+      constrain=self.model.constrain, dtype=self.model.dtype,
+    )  # fmt: skip
 
   def compile(self, name, method, state, sources) -> parallel.Compiled:
     """Compile the train step of a method, once."""

@@ -16,10 +16,10 @@ from jaxmem.adapters import adalora
 from jaxmem.data import packing
 from jaxmem.data.tokenize import Encoded, prompt_ids
 from jaxmem.evaluation import factoids
+from jaxmem.methods import bench as programs
 from jaxmem.methods import imsm
-from jaxmem.methods.bench import POLLED_BATCHES
 from jaxmem.methods.chain import Clock
-from jaxmem.models import decoder, generate
+from jaxmem.models import decoder
 from jaxmem.training import loop, optimizer, parallel
 from jaxmem.training.logging import Logger
 from jaxmem.training.step import TrainState, init_state, make_train_step
@@ -110,12 +110,8 @@ class Bench:
       self._readout = imsm.make_readout(model)
 
   def place(self, batch: Any) -> Any:
-    """Put a whole host batch, equal on all processes, on the devices."""
-    rows = jax.tree.leaves(batch)[0].shape[0]
-    keep = parallel.local_rows(self.mesh, rows)
-    return parallel.place(
-      jax.tree.map(lambda x: x[keep], batch), self.mesh, rows
-    )
+    """Put a whole host batch on the devices, see `bench.place`."""
+    return programs.place(self.mesh, batch)
 
   def frozen_features(
     self, base: Any
@@ -173,7 +169,6 @@ class Bench:
       batch_size: prompts at once, rounded up to a multiple of the shards.
     """
     batch_size = -(-batch_size // self.shards) * self.shards
-    settings = generate.GenerateSettings(max_new_tokens=max_new_tokens)
     context = {"adapters": params.adapters}
     if self._readout is not None:
       context |= {
@@ -183,24 +178,19 @@ class Bench:
           imsm.branch_index(batch_size), self._whole
         ),
       }
-    prompts = [prompt_ids(row) for row in rows]
-    texts: list[str] = []
-    for start in range(0, len(prompts), POLLED_BATCHES * batch_size):
-      if stop(start):
-        return None
-      texts += generate.generate_text(
-        self.model.config,
-        base,
-        self.tokenizer,
-        prompts[start : start + POLLED_BATCHES * batch_size],
-        settings,
-        batch_size=batch_size,
-        place=self.place,
-        constrain=self.model.constrain,
-        dtype=self.model.dtype,
-        **context,
-      )
-    return texts
+    return programs.answer(
+      self.model.config,
+      base,
+      self.tokenizer,
+      [prompt_ids(row) for row in rows],
+      mesh=self.mesh,
+      max_new_tokens=max_new_tokens,
+      batch_size=batch_size,
+      stop=stop,
+      constrain=self.model.constrain,
+      dtype=self.model.dtype,
+      **context,
+    )
 
   def compile(
     self, base: Any, params: imsm.Params, settings: Training
