@@ -1,5 +1,6 @@
 """The whole experiment on a model of a few thousand weights, and its pieces."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -332,6 +333,17 @@ def test_configs_by_name():
     configs.load(f"{CONFIG}:big")
 
 
+def test_every_value_of_the_config_is_read():
+  files = [*pathlib.Path("jaxmem/methods").glob("imsm_*.py")]
+  files += map(pathlib.Path, ("experiments/imsm.py", "jaxmem/methods/base.py"))
+  code = "\n".join(path.read_text() for path in files)
+  fields = {field.name for field in dataclasses.fields(imsm_bench.Training)}
+  for name in configs.flatten(configs.load(CONFIG)):
+    group, _, leaf = name.rpartition(".")
+    in_training = group == "train" and leaf in fields
+    assert f".{leaf}" in code or in_training, name
+
+
 @pytest.mark.parametrize("name", ["imsm", "imsm_pilot", "imsm_ablations"])
 def test_every_point_of_the_sweeps_can_be_run(name, tmp_path):
   points = sweep.make_points(
@@ -426,9 +438,12 @@ def test_the_matrix_of_runs(run, tmp_path, capsys):
 
 
 def test_many_devices_learn_the_same(run, tmp_path):
-  settings = {"data.prose": "", "eval.every_steps": 0}
+  settings = {
+    "data.prose": "", "eval.every_steps": 0, "train.frozen_features": "",
+    "data.others": "('world-sums',)",
+  }  # fmt: skip
   one = run(tmp_path / "one" / "run", **settings)
-  mesh = {"mesh.data": 2, "mesh.fsdp": 2}
+  mesh = {"mesh.data": 2}
   many = run(tmp_path / "many" / "run", **mesh, **settings)
   for name, task in one["tasks"].items():
     for metric in ("nll", "gate"):

@@ -19,7 +19,6 @@ from tests.models import tiny
 CONFIG = tiny.FAMILIES["llama"]
 BASE = tiny.params(CONFIG)
 TARGETS = ("q_proj", "v_proj", "down_proj")
-KINDS = ("lora", "dora", "adalora", "ia3")
 
 
 def _adapter(kind, *, moved=True):
@@ -141,7 +140,7 @@ def test_answers_do_not_move_the_queries():
     np.testing.assert_allclose(before, after, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora"])  # all: test_imsm_matrix
 def test_starts_as_the_base_model(kind):
   """Whatever the gate: both branches give the same states."""
   batch, losses = _batch(), []
@@ -157,7 +156,7 @@ def test_starts_as_the_base_model(kind):
   np.testing.assert_allclose(losses, [base] * 4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["adalora"])
 def test_known_frozen_features_change_nothing(kind):
   batch, model, params = _batch(), imsm.Model(CONFIG), _params(kind)
   known = imsm.features(batch, imsm.hidden(model, BASE, batch))
@@ -189,8 +188,8 @@ def test_one_pass_over_both_branches_has_the_same_gradient():
 def test_remat_and_chunks_change_nothing():
   batch, params = _batch(), _params()
   plain = _gradient(imsm.Model(CONFIG), params, batch)
-  for other in ({"remat": True}, {"chunk": 4}, {"chunk": 1}):
-    _assert_close(_gradient(imsm.Model(CONFIG, **other), params, batch), plain)
+  other = imsm.Model(CONFIG, remat=True, chunk=4)
+  _assert_close(_gradient(other, params, batch), plain)
 
 
 def test_a_row_without_examples_is_harmless():
@@ -259,7 +258,7 @@ def _train(model, params, tx, *, memory=(), post_update=None, steps=4):
   return states
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["dora"])  # the kind with most leaves
 def test_the_gate_has_a_rate_of_its_own(kind):
   """Adam's first steps are as long as the rate; the first rate is 0."""
   schedule = optimizer.make_schedule(
@@ -284,7 +283,8 @@ def test_the_gate_has_a_rate_of_its_own(kind):
 
 def test_adafactor_moves_both_groups_at_their_rates():
   """Its first update is of length rate in every entry of a rank-1 gradient."""
-  params = _params()
+  few = {"self_attn": {"q_proj": _adapter("lora")["self_attn"]["q_proj"]}}
+  params = _params()._replace(adapters=few)
   tree = jax.tree.map(jnp.ones_like, params)
   scaled = jax.tree.map(lambda x: 0.1 * x, tree)
   for relative, gate_step in ((False, 1e-2), (True, 1e-2)):
