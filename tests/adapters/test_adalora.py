@@ -140,3 +140,11 @@ def test_errors():
     adalora.init(LAYERS, ("q_proj",), 0, alpha=1, rng=jax.random.key(0))
   with pytest.raises(ValueError, match="known: .*v_proj"):
     adalora.init(LAYERS, ("w_proj",), 2, alpha=1, rng=jax.random.key(0))
+
+
+def test_what_a_step_consumes_shares_no_buffer():
+  """A compiled step that donates its state refuses one buffer twice."""
+  layers = {"mlp": {"up_proj": {"kernel": jnp.ones((2, 3, 4))}}}
+  tree = adalora.init(layers, ("up_proj",), 2, alpha=2, rng=jax.random.key(0))
+  leaves = jax.tree.leaves(adalora.start(tree))
+  assert len({leaf.unsafe_buffer_pointer() for leaf in leaves}) == len(leaves)

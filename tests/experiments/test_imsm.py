@@ -86,8 +86,7 @@ def timeless(result):
 
 
 def test_restarted_at_any_place_it_ends_as_one_run(run, tmp_path):
-  generate = {"eval.generate": True}
-  whole = run(tmp_path / "a" / "whole", **generate)
+  whole = run(tmp_path / "a" / "whole")
   assert whole["steps"] == 9
   for name in (
     "target", "target_gain", "others", "others_change", "worst_loss",
@@ -105,7 +104,7 @@ def test_restarted_at_any_place_it_ends_as_one_run(run, tmp_path):
   assert sizes["total"] == sizes["adapter"] + sizes["gate"]
   result, polls, restarts = None, 2, 0
   while result is None:
-    result = run(tmp_path / "b" / "broken", StopAfter(polls), **generate)
+    result = run(tmp_path / "b" / "broken", StopAfter(polls))
     polls, restarts = polls + 6, restarts + 1
   assert restarts > 2
   assert timeless(result) == timeless(whole)
@@ -116,9 +115,6 @@ def test_restarted_at_any_place_it_ends_as_one_run(run, tmp_path):
   looks = [line for line in lines if "validation" in line]
   assert [line["step"] for line in looks] == [4, 8, 9]
   assert {"task/world-differences", "task/world-sums"} <= set(looks[0])
-  path = tmp_path / "a" / "whole" / "predictions" / "after" / "world-sums.jsonl"
-  rows = [json.loads(line) for line in path.read_text().splitlines()]
-  assert len(rows) == 4 and set(rows[0]) == {"input", "output", "answer"}
   gates = json.loads((tmp_path / "a" / "whole" / "gates.json").read_text())
   assert sum(gates["world-sums"]) % 8 == 0 and min(gates["world-sums"]) >= 0
 
@@ -167,18 +163,6 @@ def test_what_was_trained_comes_back(run, tmp_path):
   ):
     with pytest.raises(ValueError, match=message):
       run(tmp_path / "other", start=str(folder), **changes)
-
-
-def test_adalora_deals_out_its_ranks(run, tmp_path):
-  changes = {
-    "adapter.kind": "adalora", "adapter.adalora": "full",
-    "adapter.target_rank": 1, "adapter.every_steps": 1,
-    "adapter.targets": "('q_proj', 'v_proj')", "eval.every_steps": 0,
-  }  # fmt: skip
-  result = run(tmp_path / "run", **changes)
-  assert result["live_triplets"] == 2 * 2  # layers x projections, a rank each
-  lines = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
-  assert lines[-1]["loss"] > lines[-1]["nll"], "with the orthogonality term"
 
 
 @pytest.mark.parametrize("kind", imsm_setup.ADAPTERS)
@@ -242,6 +226,9 @@ def test_files_go_through_the_whole_matrix(run, tmp_path):
   path = tmp_path / "run" / "predictions" / "after" / "cola.jsonl"
   asked = json.loads(path.read_text())["input"]
   assert asked == "<|user|>\nIt is x.\nWho?\n<|assistant|>\n"
+  lines = path.with_name("mrpc.jsonl").read_text().splitlines()
+  assert len(lines) == 4
+  assert set(json.loads(lines[0])) == {"input", "output", "answer"}
   path = tmp_path / "run" / "predictions" / "after" / "webq.jsonl"
   assert json.loads(path.read_text().splitlines()[0])["output"] == ["a", "b"]
 
@@ -435,17 +422,3 @@ def test_the_matrix_of_runs(run, tmp_path, capsys):
   run(tmp_path / "runs" / "other", **{"data.others": "('world-sums',)"})
   assert imsm_matrix.main([str(root)]) == 2
   assert "a matrix is of runs with one target" in capsys.readouterr().err
-
-
-def test_many_devices_learn_the_same(run, tmp_path):
-  settings = {
-    "data.prose": "", "eval.every_steps": 0, "train.frozen_features": "",
-    "data.others": "('world-sums',)",
-  }  # fmt: skip
-  one = run(tmp_path / "one" / "run", **settings)
-  mesh = {"mesh.data": 2}
-  many = run(tmp_path / "many" / "run", **mesh, **settings)
-  for name, task in one["tasks"].items():
-    for metric in ("nll", "gate"):
-      other = many["tasks"][name][metric]
-      np.testing.assert_allclose(task[metric], other, atol=1e-3)

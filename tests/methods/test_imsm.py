@@ -214,7 +214,7 @@ def test_dropout_draws_by_the_key():
   assert still == _loss(imsm.Model(CONFIG), params, batch)
 
 
-@pytest.mark.parametrize("mode", ["avg", "gate", "query_gate", "query_add"])
+@pytest.mark.parametrize("mode", ["query_gate", "query_add"])
 def test_answers_with_a_cache_are_those_of_teacher_forcing(mode):
   """Prompts of unequal length in one batch; scores follow the whole text."""
   model, params = imsm.Model(CONFIG, mode), _params(mode=mode)

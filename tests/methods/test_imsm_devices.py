@@ -24,7 +24,7 @@ BUDGET = adalora.Budget(RANK, 1, final=1, total=3)
 CASES = [
   ("lora", "8x1x1", "1x1x1"),
   ("lora", "pmap-8", "1x1x1"),
-  ("adalora", "pmap-8", "1x1x1"),
+  ("adalora", "pmap-8", "2x2x2"),
 ]
 
 
