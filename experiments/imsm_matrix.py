@@ -19,10 +19,8 @@ Writes matrix.md, target.png (target against what is kept: the curve of scaled
 adapters, the way of training, a point per row) and gates.png to --output.
 """
 
-import argparse
 import collections
 import json
-import pathlib
 import sys
 from collections.abc import Sequence
 
@@ -38,7 +36,15 @@ from experiments.imsm_rows import (
   title,
   trade,
 )
-from experiments.runs import NONE, Row, Run, find_runs, group, label_keys
+from experiments.runs import (
+  NONE,
+  Row,
+  Run,
+  find_runs,
+  group,
+  label_keys,
+  make_parser,
+)
 from jaxmem.evaluation.statistics import format_mean_sd, paired_bootstrap
 
 CORRECT_FILE = "correct.json"
@@ -172,15 +178,7 @@ def compare(row: Row, other: Row, names: Sequence[str]) -> list[str] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the command line; return its exit status, 2 for bad input."""
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
-  add = parser.add_argument
-  add("roots", nargs="+", type=pathlib.Path, help="workdirs, or above them")
-  add("--output", type=pathlib.Path, help="default: report/ in the first")
-  add("--ignore", default="", help="settings that do not make rows, by commas")
+  parser = make_parser(__doc__)
   flags = parser.parse_args(argv)
   output = flags.output or flags.roots[0] / "report"
   try:

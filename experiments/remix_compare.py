@@ -9,16 +9,14 @@ resampled together; those that either run replayed are left out. Prints the mean
 difference in points, its 95 % interval and p.
 """
 
-import argparse
 import json
-import pathlib
 import re
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.runs import Row, Run, find_runs, group, label_keys
+from experiments.runs import Row, Run, find_runs, group, label_keys, make_parser
 from jaxmem.evaluation.statistics import paired_bootstrap
 
 CORRECT_FILE = "correct.json"
@@ -100,15 +98,10 @@ def compare(row: Row, reference: Row) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the command line; return its exit status, 2 for bad input."""
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
+  parser = make_parser(__doc__, output=False)
+  parser.add_argument(
+    "--to", default="", help="reference row: its name, or KEY=VALUE,.."
   )
-  add = parser.add_argument
-  add("roots", nargs="+", type=pathlib.Path, help="workdirs, or above them")
-  add("--to", default="", help="reference row: its name, or KEY=VALUE,..")
-  add("--ignore", default="", help="settings that do not make rows, by commas")
   flags = parser.parse_args(argv)
   try:
     runs = find_runs(flags.roots)

@@ -9,13 +9,19 @@ one line, shown as mean and standard deviation; other settings that differ
 (the second set, say) make panels.
 """
 
-import argparse
 import pathlib
 import re
 import sys
 from collections.abc import Mapping, Sequence
 
-from experiments.runs import BASELINE, Row, find_runs, group, label_keys
+from experiments.runs import (
+  BASELINE,
+  Row,
+  find_runs,
+  group,
+  label_keys,
+  make_parser,
+)
 from jaxmem.evaluation import plots, statistics
 
 SHARE, REDRAW, MIX = "replay.share", "replay.redraw", "mix.source"
@@ -116,14 +122,7 @@ def draw(rows: Sequence[Row], output: pathlib.Path) -> list[pathlib.Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the command line; return its exit status, 2 for bad input."""
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  add = parser.add_argument
-  add("roots", nargs="+", type=pathlib.Path, help="workdirs, or above them")
-  add("--output", type=pathlib.Path, help="default: report/ in the first")
-  add("--ignore", default="", help="settings that do not make rows, by commas")
+  parser = make_parser(__doc__)
   flags = parser.parse_args(argv)
   try:
     runs = find_runs(flags.roots)

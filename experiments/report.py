@@ -10,13 +10,20 @@ metrics.jsonl, the logit lens from runs with an analysis of where facts live.
 Writes report.md and PNG files to --output.
 """
 
-import argparse
 import fnmatch
 import pathlib
 import sys
 from collections.abc import Iterable, Sequence
 
-from experiments.runs import NONE, Row, Run, find_runs, group, label_keys
+from experiments.runs import (
+  NONE,
+  Row,
+  Run,
+  find_runs,
+  group,
+  label_keys,
+  make_parser,
+)
 from jaxmem.evaluation import plots, plots_where, statistics, where
 
 MAX_COLUMNS = 12  # by default; more do not fit a page
@@ -169,18 +176,11 @@ def _analyses(rows):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the command line; return its exit status, 2 for bad input."""
-  parser = argparse.ArgumentParser(
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-    allow_abbrev=False,
-  )
+  parser = make_parser(__doc__)
   add = parser.add_argument
-  add("roots", nargs="+", type=pathlib.Path, help="workdirs, or above them")
-  add("--output", type=pathlib.Path, help="default: report/ in the first")
   add("--columns", default="", help="patterns of result names, by commas")
   add("--curves", default="", help="patterns of logged metrics, by commas")
   add("--scatter", action="append", default=[], help="x:y, result names")
-  add("--ignore", default="", help="settings that do not make rows, by commas")
   flags = parser.parse_args(argv)
   output = flags.output or flags.roots[0] / "report"
   try:

@@ -5,6 +5,7 @@ point.json where a sweep started it, metrics.jsonl while it goes on, and
 result.json, numbers by name, once it is done.
 """
 
+import argparse
 import collections
 import fnmatch
 import json
@@ -58,6 +59,21 @@ class Row(NamedTuple):
   def values(self, column: str) -> list[float]:
     found = (run.result.get(column) for run in self.done)
     return [value for value in found if value is not None]
+
+
+def make_parser(doc: str, *, output: bool = True) -> argparse.ArgumentParser:
+  """Make the command line of what reads runs, and (output) writes files."""
+  parser = argparse.ArgumentParser(
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  add = parser.add_argument
+  add("roots", nargs="+", type=pathlib.Path, help="workdirs, or above them")
+  add("--ignore", default="", help="settings that do not make rows, by commas")
+  if output:
+    add("--output", type=pathlib.Path, help="default: report/ in the first")
+  return parser
 
 
 def find_runs(roots: Iterable[pathlib.Path]) -> list[Run]:
