@@ -9,26 +9,14 @@ docstring names the quirk. LongBench has a module of its own.
 
 import functools
 import re
-import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+from jaxmem.data.answers import mac_gold, normalize_answer
+
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 _FINAL_ANSWER = re.compile(r"####|answer is|answer:", re.IGNORECASE)
-
-
-def normalize_answer(text: str) -> str:
-  """Lower-case, drop ASCII punctuation and articles, collapse whitespace.
-
-  Source: the SQuAD evaluation script; shared by MAC, MBC, IMSM and LongBench.
-  Punctuation leaves no space behind ("U.S." -> "us", "-4" -> "4"), other
-  punctuation (curly quotes, CJK) stays, and there is no Unicode normalisation.
-  """
-  text = text.lower().translate(_PUNCTUATION)
-  return " ".join(_ARTICLES.sub(" ", text).split())
 
 
 # ---- Ours ------------------------------------------------------------------
@@ -162,26 +150,22 @@ def mac_question_answer(
 ) -> tuple[str, str]:
   """Return the question and the one answer that MAC scores against.
 
-  Source: MAC `common/dataset.py`. `dataset` is "streamingqa" (shortest of the
-  answers between backslashes), "squad" (shortest, stripped, first letter
-  upper-case) or "archivalqa" (first letter upper-case).
+  Source: MAC `common/dataset.py`; `mac_gold` says which answer it is. Rows of
+  "streamingqa" have their answers between backslashes, of "squad" under
+  `text`, of "archivalqa" one.
 
   Raises:
     ValueError: `dataset` is another name.
   """
-  question = record["question"].strip()
   if dataset == "streamingqa":
-    return question, min(record["answers"].split("\\"), key=len)
-  if dataset == "squad":
-    answer = min(record["answers"]["text"], key=len).strip()
+    references = record["answers"].split("\\")
+  elif dataset == "squad":
+    references = record["answers"]["text"]
   elif dataset == "archivalqa":
-    answer = record["answer"]
+    references = [record["answer"]]
   else:
-    raise ValueError(
-      f"dataset is {dataset!r}; MAC knows streamingqa, squad, archivalqa"
-    )
-  first = answer[:1].upper() if answer[:1].islower() else answer[:1]
-  return question, first + answer[1:]
+    references = []  # mac_gold says what is known
+  return record["question"].strip(), mac_gold(dataset, references)
 
 
 class MacItem(NamedTuple):

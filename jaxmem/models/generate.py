@@ -73,8 +73,8 @@ def generate(
       `row_ids`, not on the other rows.
     row_ids: int [B], numbers that stay with the prompts however they are
       batched; None counts 0..B-1.
-    start: int [B] or [], position of a prompt's first token. None is 0, or
-      behind the last row of `cache`.
+    start: int [B] or [], position of a prompt's first token, or [B * C] where
+      branches differ. None is 0, or behind the last row of `cache`.
     prefix, prefix_fn, layer_state, adapters, adapter_index, constrain: as in
       `decoder.apply`; prefix_fn runs on the prompt only.
     cache: rows read before, to go on from; room for the new ones is added.

@@ -140,7 +140,9 @@ def prefill(
   if start is None:
     start = _after(cache, b * c)
   else:
-    start = jnp.repeat(jnp.broadcast_to(jnp.asarray(start, jnp.int32), b), c)
+    start = jnp.asarray(start, jnp.int32)
+    if start.shape != (b * c,):
+      start = jnp.repeat(jnp.broadcast_to(start, b), c)
   model = model._replace(kept=_settled(model))
   past = () if cache is None else (cache,)
   count = valid.cumsum(axis=1, dtype=jnp.int32)

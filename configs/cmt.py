@@ -1,0 +1,224 @@
+"""CMT, MAC and MBC: documents into a memory bank, answers out of it.
+
+  python -m experiments.cmt --config=configs/cmt.py:tiny --workdir=out/cmt
+  python -m experiments.sweep --config=configs/cmt.py:tiny \
+      --workdir=out/cmt_tiny --jobs=2
+
+`smoke` runs in a minute, `tiny` is the small-scale protocol on the invented
+world, `paper` the values of the papers as far as they are known ("MAC" is its
+code, jihoontack/MAC; CMT's own are in none of its sources, so that most of what
+is marked "our reading" has a switch).
+"""
+
+from ml_collections import ConfigDict
+
+from jaxmem.config import Point, chain, grid
+
+NAMES = ("smoke", "tiny", "paper")
+
+
+def _stage(**values) -> ConfigDict:
+  """One stage of training; see jaxmem/data/memory_rows.py for a row."""
+  stage = ConfigDict(
+    {
+      "steps": 0,
+      "banks": 1,  # a step
+      "rows": 8,  # of a bank
+      "documents": 4,  # of a row, all on the same relations
+      "asked": 4,  # of these, the first ones
+      "questions": 2,  # of each document asked about
+      "known": 0,  # a row, on facts that the model knows itself
+      "conflicts": 0.0,  # share of rows on people that the model knows
+      "hard": 0.5,  # share of pairs of people that share a name part
+      "retrieved": 0,  # documents a question draws on; 0: all
+      "no_aggregate": False,  # its own document's memory, as it is
+      "keep": 1.0,  # share of a row's documents with a gradient
+      "beta": None,  # weight of the matching loss; None: memory.beta
+    }
+  )
+  stage.update(values)
+  return stage
+
+
+def _memory() -> ConfigDict:
+  """Fields of jaxmem/methods/cmt_settings.py; None: what the method has."""
+  return ConfigDict(
+    {
+      "compressor": None,  # lm_lora (CMT), t5 (MAC, MBC)
+      "tokens": 24,  # vectors of a document; MAC, 12 for DistilGPT2
+      "share_question_encoder": None,  # CMT: the paper's figure
+      "question_slots": True,  # our choice
+      "lora_rank": 32,  # our reading, as the next four
+      "lora_alpha": 64.0,
+      "lora_dropout": None,  # CMT 0.05
+      "lora_targets": ("q_proj", "v_proj"),
+      "conditional_lora": False,
+      "output": None,  # linear (CMT), mlp (MAC, MBC)
+      "blocks": 4,  # MAC
+      "heads": 8,  # MAC
+      "head_dim": 96,  # MAC
+      "aligned_start": False,  # aggregation begins as a look-up by likeness
+      "aggregation": "chunked",  # or flat, hierarchical
+      "chunk": 1024,  # memory vectors at a time
+      "window": 16,  # documents of a group, hierarchical; MAC
+      "injector": "mac_slots",  # MAC; or bottleneck (7B and up), linear
+      "prefix_len": 2,  # of mac_slots; MAC
+      "injector_hidden": 768,  # MAC
+      "injector_rank": 256,  # of bottleneck
+      "prefix_positions": "offset",  # MAC; or zero
+      "alpha": None,  # CMT 0.5, as in context-aware decoding
+      "memory_aware": None,  # CMT train+decode; train, decode, off
+      "beta": None,  # CMT 0.1, our reading, as the next five
+      "match": "self",  # the paper's loss; or softmax
+      "match_weight": 0.1,  # lambda
+      "temperature": 0.1,  # of the softmax
+      "match_pool": "mean",
+      "num_codes": None,  # MBC 512
+      "vq_commitment": 0.25,  # MBC, as the next three
+      "vq_weight": 1.0,
+      "vq_decay": 0.99,
+      "vq_threshold": 1e-4,
+      "kv_lora_rank": None,  # MBC 32
+      "kv_lora_alpha": 64.0,  # MBC
+      "kv_lora_layers": 16,  # the last ones; MBC
+      "answer_labels": 24,  # tokens of an answer; MAC
+      "t5_mask_bug": False,  # attend to padding, as MAC's code does
+    }
+  )
+
+
+def _data() -> ConfigDict:
+  return ConfigDict(
+    {
+      # world, or a file or set of questions with their texts
+      # (jaxmem/data/stream_sets.py): streamingqa, squad, archivalqa.
+      "source": "world",
+      "name": "squad",  # how a file is read, where source is none of these
+      "train_share": 0.8,  # of a file's articles, for training; the rest asked
+      "on_error": "raise",  # or skip, at malformed rows
+      "facts": 4,  # of a document; of the world, as the next seven
+      "scaffold": 0.2,  # share of facts in the scaffold's order
+      "register": 0.1,  # share of those that are a register's entries
+      "filler": 0.25,  # share of documents with a sentence of prose
+      "documents": 500,  # of the stream that is asked about
+      "stream_questions": 2,  # on each
+      "changed": 0.1,  # share of documents that change a fact
+      "conflicts": 0.1,  # share of documents against known facts
+      "document_tokens": 52,  # at most
+      "question_tokens": 16,
+      "answer_tokens": 20,  # the question's included
+      "long_documents": "truncate",  # or chunk, error
+      "chat": True,  # questions of files in the embedded models' format
+    }
+  )
+
+
+def _tiny(config: ConfigDict) -> None:
+  config.memory.update(
+    {
+      "compressor": "lm_lora",  # no T5 knows the world's words
+      "output": "linear",
+      "tokens": 4,
+      "lora_rank": 16,
+      "lora_alpha": 32.0,
+      "lora_dropout": 0.0,
+      "lora_targets": (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+        "down_proj",
+      ),
+      "blocks": 2,
+      "heads": 4,
+      "head_dim": 32,
+      "aligned_start": True,
+      "injector": "linear",
+      "answer_labels": 3,
+      "match": "softmax",
+    }
+  )  # fmt: skip
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Return the config; `arg` is one of NAMES."""
+  name = arg or "tiny"
+  if name not in NAMES:
+    raise ValueError(
+      f"configs/cmt.py:{arg}: expected one of {', '.join(NAMES)}"
+    )
+  config = ConfigDict()
+  config.seed = 0
+  config.model = "tiny" if name != "paper" else "meta-llama/Llama-2-7b-hf"
+  config.method = "cmt"  # or mac, mbc
+  config.start = ""  # directory of trained weights to go on from
+  config.export = ""  # directory for the trained weights; empty: WORKDIR/memory
+  config.export_dtype = "float32"  # or bfloat16
+  config.profile = ()  # (start, n): trace these steps
+  config.data = _data()
+  config.memory = _memory()
+  config.stages = ConfigDict()
+  config.order = ()
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  config.train = ConfigDict(
+    {
+      "rate": 1e-4,  # our reading (MAC: 1e-5, and 1e-4 for DistilGPT2)
+      "t5_scale": 0.1,  # factor on the rate of T5s; our reading
+      "schedule": "constant",  # MAC; or cosine, linear
+      "warmup_percent": 1.0,  # MAC
+      "end_ratio": 0.0,  # the rate falls to this share of it
+      "b1": 0.9,
+      "b2": 0.999,
+      "weight_decay": 0.0,  # MAC
+      "clip_norm": 1.0,  # our reading (MAC: 100)
+      "base_dtype": "bfloat16",  # of the language model's weights
+      "remat": True,
+      "steps_per_call": 1,
+      "save_steps": 200,
+      "log_steps": 50,
+    }
+  )
+  config.eval = ConfigDict(
+    {
+      "every_steps": 500,  # probe during training; 0: never
+      "probe_documents": 256,
+      "retrieved": 16,  # our reading of the paper's k; 0: all
+      "score": "match",
+      "policy": "none",  # of a full bank: fifo, random_prune, ..
+      "capacity": 0,  # slots of the bank; 0: the stream's documents
+      "decode": "beam3",  # or greedy, diverse12x4 (MAC)
+      "max_new_tokens": 16,  # MAC
+      "batch_size": 64,
+    }
+  )
+  if name == "paper":
+    config.order = ("pairs",)
+    config.stages.pairs = _stage(
+      steps=50_000, rows=32, documents=1, asked=1, questions=1
+    )
+    config.data.update(
+      {
+        "source": "streamingqa", "documents": 1665, "document_tokens": 512,
+        "question_tokens": 104, "answer_tokens": 128, "chat": False,
+      }
+    )  # fmt: skip
+    return config
+  _tiny(config)
+  config.train.update(
+    {
+      "rate": 1e-3, "schedule": "cosine", "end_ratio": 0.05, "b2": 0.98,
+      "warmup_percent": 2.0, "base_dtype": "float32", "remat": False,
+      "steps_per_call": 20, "log_steps": 20,
+    }
+  )  # fmt: skip
+  config.eval.decode = "greedy"
+  config.eval.max_new_tokens = 4
+  config.order = ("one", "choose", "big")
+  config.stages.one = _stage(steps=600, retrieved=1)
+  config.stages.choose = _stage(steps=600, retrieved=4)
+  config.stages.big = _stage(steps=1200, retrieved=16, known=1)
+  return config
+
+
+def get_sweep() -> list[Point]:
+  """The three methods, three seeds each."""
+  return chain(
+    grid({"method": ("cmt", "mac", "mbc"), "seed": range(3)}),
+  )

@@ -1,0 +1,188 @@
+"""CMT (Li et al., arXiv 2412.07393), with MAC and MBC: a bank of documents.
+
+    python -m experiments.cmt --config=configs/cmt.py:tiny \\
+        --workdir=out/cmt/run --config.method=cmt
+
+  M^d = compress(d), M^q = compress(q)                       (slides p. 11)
+  M* = aggregate(M^q, top-k of {M^n})                        (p. 13, 14)
+  KV = inject(M*), l = (1 + a) l(y | KV, q) - a l(y | q)     (p. 14, 17)
+  L = NLL(softmax(l), y) + b L_match                         (p. 16, 19)
+
+Blocks `jaxmem/memory`, composition `methods/cmt.py`, loss `cmt_loss.py`,
+stream and answers `cmt_learner.py`; MAC and MBC are its settings in
+`methods/mac.py` and `methods/mbc.py`. A run trains in the stages of
+`config.order`, writes a stream of unseen people (or of a file's other articles)
+into a bank, and is asked in several ways: from the question's own document, from
+the best 16 and 4 and 1, from all, from random and from wrong ones, and without
+any. `experiments.compare` puts the result beside other methods.
+
+Writes result.json (percent), correct.json (each question, for paired tests) and
+the trained weights. A restart goes on from the last checkpoint.
+"""
+
+import json
+import logging
+import pathlib
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxmem import launch
+from jaxmem.data import world
+from jaxmem.data.streams import Stream
+from jaxmem.methods import (
+  cmt,
+  cmt_exam,
+  cmt_files,
+  cmt_learner,
+  cmt_params,
+  cmt_setup,
+  cmt_streams,
+  cmt_train,
+)
+from jaxmem.methods.chain import settings_key
+from jaxmem.training import loop, parallel
+
+RESULT_FILE, CORRECT_FILE = "result.json", "correct.json"
+_log = logging.getLogger("jaxmem.experiments.cmt")
+
+
+class Experiment(NamedTuple):
+  """What all parts of a run share."""
+
+  config: ConfigDict
+  workdir: pathlib.Path
+  stop: launch.Stop
+  base: cmt_setup.Base
+  stages: tuple[cmt_train.Stage, ...]
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
+  """Train, fill a bank with a stream, ask, write the results."""
+  stages = cmt_setup.make_stages(config)
+  training = cmt_setup.make_training(config, sum(s.steps for s in stages))
+  stream = cmt_streams.load(config)  # whose faults are found first
+  base = cmt_setup.load_base(config)
+  exp = Experiment(config, workdir, stop, base, stages)
+  params = start(exp)
+  sizes = cmt_params.num_parameters(params)
+  trained = train(exp, training, params)
+  if trained is None:
+    return
+  place = config.export or str(workdir / "memory")
+  record = trained.record | {
+    "parameters": sizes,
+    "tokens": 0 if config.start else cmt_train.num_tokens(stages),
+  }
+  if jax.process_index() == 0:
+    saved = cmt_files.Saved(config.method, base.model.settings, base.name)
+    cmt_files.save(
+      place, saved, trained.params, dtype=config.export_dtype, record=record
+    )
+  # What was written is asked, in the precision that it was written in.
+  params = cmt_setup.shard(
+    base, cmt_files.load(place, base.model, base.weights, base.name)
+  )
+  results = ask(exp, stream, params)
+  if results is not None:
+    write_results(exp, stream, results, record)
+
+
+def start(exp: Experiment) -> cmt.Params:
+  """Draw what is trained, or read it from another run."""
+  config, base = exp.config, exp.base
+  if config.start:
+    params = cmt_files.load(config.start, base.model, base.weights, base.name)
+  else:
+    rng = cmt_setup.draw_key(config)
+    params = cmt_params.init(base.model, base.weights, rng=rng)
+  return cmt_setup.shard(base, params)
+
+
+def train(
+  exp: Experiment, training: cmt_train.Training, params: cmt.Params
+) -> cmt_train.Trained | None:
+  """Train all stages; None when stopped."""
+  config, base = exp.config, exp.base
+  source = cmt_streams.training_source(config, base.tokenizer)
+  return cmt_train.train(
+    base.model,
+    base.weights,
+    params,
+    exp.stages,
+    source,
+    training,
+    mesh=base.mesh,
+    rules=base.rules,
+    rng=jax.random.fold_in(cmt_setup.draw_key(config), 1),
+    workdir=exp.workdir,
+    stop=exp.stop,
+    fingerprint=settings_key(base.name, cmt_setup.learned(config)),
+    events=lambda model: probes(exp, model),
+    profile=tuple(config.profile) if config.profile else None,
+  )
+
+
+def probes(exp: Experiment, model: cmt.Model) -> list[loop.Event]:
+  """Ask about unseen people in between, where the world is the source."""
+  config, base = exp.config, exp.base
+  if config.data.source != "world" or not config.eval.every_steps:
+    return []
+  shape = exp.stages[-1].shape._replace(questions=1, known=0, conflicts=0.0)
+  exam = parallel.compile_function(
+    cmt_exam.make_exam(
+      model,
+      cmt_exam.people_of_test(world.make_world()),
+      shape._replace(asked=shape.documents),
+      config.eval.probe_documents,
+    )
+  )
+
+  def examine(step, state):
+    del step
+    found = exam(state.params, base.weights, jax.random.key(1))
+    return {f"exam/{name}": 100 * float(rate) for name, rate in found.items()}
+
+  return [loop.Event(config.eval.every_steps, examine)]
+
+
+def ask(
+  exp: Experiment, stream: Stream, params: cmt.Params
+) -> dict[str, cmt_streams.Result] | None:
+  """Fill a bank with the stream and ask it in every way; None when stopped."""
+  config, base, out = exp.config, exp.base, {}
+  weights = cmt_learner.Weights(base.weights, params)
+  for name, reading in cmt_setup.ladder(config, len(stream.documents)).items():
+    learner = cmt_learner.make_learner(
+      name, base.model, weights, reading, base.tokenizer
+    )
+    found = cmt_streams.score(
+      learner, stream, base, rng=cmt_setup.draw_key(config), stop=exp.stop
+    )
+    if found is None:
+      return None
+    out[name] = found
+  return out
+
+
+def write_results(exp, stream, results, record) -> None:
+  """Write result.json, last of all files, and what goes with it."""
+  if jax.process_index() != 0:
+    return
+  config = exp.config
+  result = cmt_streams.headline(config, results) | record
+  result |= {"seed": config.seed, "method": config.method}
+  result |= {"base": exp.base.name, "documents": len(stream.documents)}
+  if stream.note:
+    result["note"] = stream.note
+  result["ladder"] = {name: r.scores for name, r in results.items()}
+  correct = {name: r.correct for name, r in results.items()}
+  (exp.workdir / CORRECT_FILE).write_text(json.dumps(correct))
+  text = json.dumps(result, indent=2) + "\n"
+  (exp.workdir / RESULT_FILE).write_text(text)
+  print(text)
+
+
+if __name__ == "__main__":
+  launch.main(run)

@@ -1,0 +1,360 @@
+"""A question's vectors read the memories of documents by cross-attention.
+
+Every block b changes the question's C vectors X, never the memories Z:
+
+  X <- X + O_b softmax(Q_b LN(X) (K_b LN(Z))^T / sqrt(H)) V_b LN(Z)
+  X <- X + W2_b gelu(W1_b LN(X))
+
+Nothing says which document a row of Z belongs to or where it stands, so the
+order of documents does not matter. Since Z stays as it is, its keys and values
+can be kept from question to question (`project`).
+Source: MAC's code (arXiv 2403.04317; jihoontack/MAC), models/module/
+aggregate.py and cross_attention.py. CMT (arXiv 2412.07393) has such a network
+between memories and question; its inside is not known, so it is MAC's here.
+
+Float32 in norms and softmax whatever the dtypes of question and memories are.
+Axes: C vectors of the question, P documents, M memory vectors of all of them,
+D width, N heads, H head width, L blocks, F hidden width.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+_WIDEST = 768  # of MAC's feed-forward, whatever the width
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+_OF_MEMORY = ("norm_memory", "key", "value")
+
+
+class Projected(NamedTuple):
+  """What every block reads of the memories."""
+
+  key: jax.Array  # [L, M, N, H]
+  value: jax.Array  # [L, M, N, H]
+
+
+def init(
+  width: int,
+  *,
+  blocks: int,
+  heads: int,
+  head_dim: int,
+  hidden: int | None = None,
+  rng: jax.Array,
+) -> dict[str, Any]:
+  """Draw an aggregator; maps are uniform in +-1/sqrt(inputs), as in MAC.
+
+  Args:
+    width: D.
+    blocks, heads, head_dim: L, N and H; MAC has 4, 8 and 96 at any width.
+    hidden: F; None is MAC's: D, and at most 768.
+    rng: consumed once.
+
+  Returns: leaves lead with L, float32. "norm_query", "norm_memory" and
+    "norm_mlp" have "scale" and "bias" [L, D]; "query", "key" and "value" have
+    "kernel" [L, D, N, H]; "out" has "kernel" [L, N, H, D] and "bias"; "up" and
+    "down" have "kernel" [L, in, out] and "bias" [L, out].
+
+  Raises:
+    ValueError: a size below 1.
+  """
+  hidden = min(width, _WIDEST) if hidden is None else hidden
+  sizes = {"blocks": blocks, "heads": heads, "head_dim": head_dim}
+  for name, size in (sizes | {"hidden": hidden, "width": width}).items():
+    if size < 1:
+      raise ValueError(f"aggregator {name} is {size}; at least 1")
+  into, inner = (width, heads, head_dim), heads * head_dim
+  shapes = {  # of the kernel, its inputs, and of the bias
+    "query": (into, width, None),
+    "key": (into, width, None),
+    "value": (into, width, None),
+    "out": ((heads, head_dim, width), inner, width),
+    "up": ((width, hidden), width, hidden),
+    "down": ((hidden, width), hidden, width),
+  }
+  params: dict[str, Any] = {
+    name: {
+      "scale": jnp.ones((blocks, width)),
+      "bias": jnp.zeros((blocks, width)),
+    }
+    for name in ("norm_query", "norm_memory", "norm_mlp")
+  }
+  for key, (name, (kernel, inputs, bias)) in zip(
+    jax.random.split(rng, len(shapes)), shapes.items(), strict=True
+  ):
+    keys, limit = jax.random.split(key), 1 / math.sqrt(inputs)
+    given = {"dtype": jnp.float32, "minval": -limit, "maxval": limit}
+    params[name] = {
+      "kernel": jax.random.uniform(keys[0], (blocks, *kernel), **given)
+    }
+    if bias is not None:
+      params[name]["bias"] = jax.random.uniform(
+        keys[1], (blocks, bias), **given
+      )
+  return params
+
+
+def project(
+  params: Mapping[str, Any], memories: Float[Array, "M D"]
+) -> Projected:
+  """Return every block's keys and values of the memories.
+
+  They depend on `params` and the row alone: where parameters are fixed, keep
+  them and add those of new rows.
+
+  Returns: in the dtype of `memories`.
+
+  Raises:
+    ValueError: memories of another width.
+  """
+  _check_width("memories", memories, params)
+  rows = jax.nn.standardize(memories.astype(jnp.float32), algorithm="stable")
+
+  def one(block):
+    normed = _scaled(block["norm_memory"], rows).astype(memories.dtype)
+    return Projected(
+      _heads(normed, block["key"]), _heads(normed, block["value"])
+    )
+
+  return jax.vmap(one)({name: params[name] for name in _OF_MEMORY})
+
+
+def attend(
+  params: Mapping[str, Any],
+  question: Float[Array, "C D"],
+  projected: Projected,
+  valid: Bool[Array, "M"],
+  *,
+  chunk: int | None = None,
+) -> Float[Array, "C D"]:
+  """Run all blocks over one question; for several, vmap.
+
+  Args:
+    question: the vectors that the first block starts from.
+    projected: of `project`.
+    valid: False on rows that are not read. Where none is valid a block's
+      attention gives its output bias alone, as in MAC without any memory.
+    chunk: rows of memory scored at a time, with a running maximum and sum: the
+      same result in memory that does not grow with M, backward included. None
+      is all at once.
+
+  Returns: in the dtype of `question`.
+
+  Raises:
+    ValueError: chunk below 1, a question of another width, or rows and `valid`
+      of unequal number.
+  """
+  _check_width("question", question, params)
+  if chunk is not None and chunk < 1:
+    raise ValueError(f"chunk is {chunk}; at least 1 row, or None for all")
+  if projected.key.shape[1] != valid.shape[0]:
+    raise ValueError(
+      f"valid has {valid.shape[0]} entries, memory {projected.key.shape[1]} "
+      "rows; give one for each row"
+    )
+
+  def block(x, scanned):
+    layer, rows = scanned
+    query = _heads(_normed(layer["norm_query"], x), layer["query"])
+    found = _read(query, rows, valid, chunk).astype(x.dtype)
+    kernel = layer["out"]["kernel"].astype(x.dtype)
+    x = x + jnp.einsum("CNH,NHD->CD", found, kernel)
+    x = x + layer["out"]["bias"].astype(x.dtype)[None]
+    inner = _linear(layer["up"], _normed(layer["norm_mlp"], x))
+    inner = jax.nn.gelu(inner, approximate=False)
+    return x + _linear(layer["down"], inner), None
+
+  layers = {name: w for name, w in params.items() if name not in _OF_MEMORY}
+  return jax.lax.scan(block, question, (layers, projected))[0]
+
+
+def aggregate(
+  params: Mapping[str, Any],
+  question: Float[Array, "C D"],
+  memories: Float[Array, "P *R D"],
+  valid: Bool[Array, "P"],
+  *,
+  chunk: int | None = None,
+) -> Float[Array, "C D"]:
+  """Let one question read memories: `project` and `attend`.
+
+  Args:
+    question, chunk: as in `attend`.
+    memories: [P, C, D], or rows [M, D] with `valid` for each row.
+    valid: False on documents that are not there.
+
+  Raises:
+    ValueError: see `project` and `attend`.
+  """
+  rows = memories.reshape(-1, memories.shape[-1])
+  live = jnp.repeat(valid, math.prod(memories.shape[1:-1]))
+  return attend(params, question, project(params, rows), live, chunk=chunk)
+
+
+def summarise(
+  params: Mapping[str, Any],
+  question: Float[Array, "C D"],
+  memories: Float[Array, "P R D"],
+  valid: Bool[Array, "P"],
+  window: int,
+  *,
+  groups: int | None = None,
+) -> tuple[Float[Array, "G C D"], Bool[Array, "G"]]:
+  """Aggregate each `window` documents in a row to the C vectors of one.
+
+  One group after the other, so that memory is that of one.
+
+  Args:
+    groups: G; documents behind G * window are left out, and groups that begin
+      behind the last document are empty. None is as many as are needed.
+
+  Returns: the new documents, and where any of a group's documents was valid.
+  """
+  number = memories.shape[0]
+  groups = -(-number // window) if groups is None else groups
+  total = groups * window
+  missing = max(0, total - number)
+  memories = jnp.pad(memories, ((0, missing), (0, 0), (0, 0)))[:total]
+  valid = jnp.pad(valid, (0, missing))[:total].reshape(groups, window)
+  grouped = memories.reshape(groups, window, *memories.shape[1:])
+  made = jax.lax.map(
+    lambda group: aggregate(params, question, *group), (grouped, valid)
+  )
+  return made, valid.any(axis=1)
+
+
+def hierarchical(
+  params: Mapping[str, Any],
+  question: Float[Array, "C D"],
+  memories: Float[Array, "P R D"],
+  valid: Bool[Array, "P"],
+  window: int,
+  *,
+  compat_question_length: int | None = None,
+) -> Float[Array, "C D"]:
+  """Aggregate groups of documents, then groups of what came out, to the end.
+
+  `summarise` until no more than `window` documents are left, then `aggregate`:
+  an approximation with the memory of `window` documents. With no more than
+  `window` documents it is `aggregate`.
+  Source: MAC, section 3.3 and appendix A.2, which counts memory tokens in a
+  group; here, as in its code, it is documents.
+
+  Args:
+    question: starts every aggregation of every round.
+    memories: R vectors of each document (MBC's code takes each code for one).
+    window: documents in a group, at least 2.
+    compat_question_length: tokens of the question (padding included) make the
+      groups as the code does: their starts run to this length instead of the
+      number of documents, so that later documents are left out or empty groups
+      come in, which the last aggregation reads too. All entries of memories
+      are taken for valid.
+
+  Raises:
+    ValueError: a window below 2, or a question length with which the code
+      would never end.
+  """
+  if window < 2:
+    raise ValueError(f"window is {window} documents; groups need at least 2")
+  if compat_question_length is None:
+    while memories.shape[0] > window:
+      memories, valid = summarise(params, question, memories, valid, window)
+    return aggregate(params, question, memories, valid)
+  if memories.shape[0] > window:
+    groups = -(-compat_question_length // window)
+    if groups > window:
+      raise ValueError(
+        f"compat_question_length={compat_question_length} makes {groups} "
+        f"groups in every round, more than window={window}: the reference "
+        "would never end; use a larger window"
+      )
+    memories, _ = summarise(
+      params, question, memories, jnp.ones_like(valid), window, groups=groups
+    )
+  every = jnp.ones(memories.shape[0], bool)
+  return aggregate(params, question, memories, every)
+
+
+def _check_width(name, rows, params):
+  width = params["norm_memory"]["scale"].shape[-1]
+  if rows.shape[-1] != width:
+    raise ValueError(
+      f"{name} have width {rows.shape[-1]}, the aggregator {width}; make it "
+      "for the width of the memories"
+    )
+
+
+def _read(query, rows, valid, chunk):
+  """Attend from [C, N, H] to rows [M, N, H]: float32, zeros if none is valid.
+
+  The running maximum cancels out of the result, so it is a constant of the
+  gradient.
+  """
+  number, scale = valid.shape[0], query.shape[-1] ** -0.5
+
+  def piece(state, scanned):
+    (key, value), valid = scanned
+    top, total, out = state
+    scores = scale * jnp.einsum(
+      "CNH,MNH->CNM", query, key, preferred_element_type=jnp.float32
+    )
+    scores = jnp.where(valid[None, None], scores, _LOWEST)
+    highest = jnp.maximum(top, scores.max(axis=-1, initial=_LOWEST))
+    highest = jax.lax.stop_gradient(highest)
+    weights = jnp.exp(scores - highest[..., None]) * valid[None, None]
+    added = jnp.einsum(
+      "CNM,MNH->CNH",
+      weights.astype(value.dtype),
+      value,
+      preferred_element_type=jnp.float32,
+    )
+    shrink = jnp.exp(top - highest)
+    total = total * shrink + weights.sum(axis=-1)
+    return (highest, total, out * shrink[..., None] + added), None
+
+  lead = query.shape[:-1]
+  state = (
+    jnp.full(lead, _LOWEST, jnp.float32),
+    jnp.zeros(lead, jnp.float32),
+    jnp.zeros(query.shape, jnp.float32),
+  )
+  if chunk is None or chunk >= number:
+    state, _ = piece(state, (rows, valid))
+  else:
+    pieces = -(-number // chunk)
+
+    def cut(leaf):
+      behind = ((0, pieces * chunk - number), *((0, 0),) * (leaf.ndim - 1))
+      leaf = jnp.pad(leaf, behind) if behind[0][1] else leaf
+      return leaf.reshape(pieces, chunk, *leaf.shape[1:])
+
+    pieced = jax.tree.map(cut, (rows, valid))
+    again = jax.checkpoint(piece, prevent_cse=False)
+    state, _ = jax.lax.scan(again, state, pieced)
+  _, total, out = state
+  return out / jnp.where(total > 0, total, 1.0)[..., None]
+
+
+def _scaled(weights, rows):
+  return rows * weights["scale"][None] + weights["bias"][None]
+
+
+def _normed(weights, x):
+  rows = jax.nn.standardize(x.astype(jnp.float32), algorithm="stable")
+  return _scaled(weights, rows).astype(x.dtype)
+
+
+def _heads(rows, weights):
+  kernel = weights["kernel"].astype(rows.dtype)
+  return jnp.einsum("MD,DNH->MNH", rows, kernel)
+
+
+def _linear(weights, x):
+  return (
+    x @ weights["kernel"].astype(x.dtype)
+    + weights["bias"].astype(x.dtype)[None]
+  )

@@ -1,0 +1,163 @@
+"""Documents and questions as a bank's learner reads them, made on the host."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmem.data.formats import ASSISTANT_HEADER
+from jaxmem.data.memory_rows import Texts
+from jaxmem.data.streams import Document, Question
+from jaxmem.memory import bank
+from jaxmem.models import generate
+from jaxmem.models.generate_settings import GenerateSettings
+
+SCORES = ("match", "oracle", "random", "shuffled")
+LONG_DOCUMENTS = ("truncate", "chunk", "error")
+
+
+class DocumentBatch(NamedTuple):
+  """Documents in pieces of fixed length; K = 1 piece unless they are cut."""
+
+  texts: Texts  # [B, K, S]
+  ids: Any  # [B] int32
+  valid: Any  # [B] bool
+
+
+class QuestionBatch(NamedTuple):
+  """Questions as the compressor and as the language model read them."""
+
+  asked: Texts  # [B, T]
+  prompt: Texts  # [B, A]
+  ids: Any  # [B] int32, of the questions
+  documents: Any  # [B] int32, which one answers; for scores of diagnosis only
+  valid: Any  # [B] bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How a bank is filled and asked; hashable, and compiled in.
+
+  Raises:
+    ValueError: a value that does not exist or is out of range.
+  """
+
+  capacity: int  # M, slots of the bank
+  decode: GenerateSettings
+  retrieved: int = 16  # R, documents a question draws on; 0: the whole bank
+  score: str = "match"  # of SCORES
+  policy: str = "none"  # what a full bank does, see `bank.POLICIES`
+  deduplicate: bool = True
+  batch_size: int = 64
+  max_document_tokens: int = 512
+  long_documents: str = "truncate"  # of LONG_DOCUMENTS
+  max_pieces: int = 1  # of a document, with "chunk"
+  max_question_tokens: int = 256  # its last ones (MAC)
+  chat: bool = True  # prompts in the embedded models' format; else bare
+
+  def __post_init__(self):
+    for name, allowed in (
+      ("score", SCORES),
+      ("long_documents", LONG_DOCUMENTS),
+      ("policy", bank.POLICIES),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+        )
+    for name in (
+      "capacity", "batch_size", "max_document_tokens", "max_pieces",
+      "max_question_tokens",
+    ):  # fmt: skip
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
+    if self.max_pieces > 1 and self.long_documents != "chunk":
+      raise ValueError(
+        f"max_pieces is {self.max_pieces} with long_documents="
+        f"{self.long_documents}; only chunk cuts documents into pieces"
+      )
+    if not 0 <= self.retrieved <= self.capacity:
+      raise ValueError(
+        f"retrieved is {self.retrieved} of a bank of {self.capacity} documents;"
+        " give 0 (the whole bank) to its capacity"
+      )
+    if self.score != "match" and not self.retrieved:
+      raise ValueError(
+        f"score={self.score} chooses documents: set retrieved to 1 or more"
+      )
+
+
+def encode_documents(
+  reading: Reading, tokenizer: Any, documents: Sequence[Document]
+) -> DocumentBatch:
+  """Tokenise documents, and fill up to `batch_size`.
+
+  Raises:
+    ValueError: an empty document, or one over the limit with
+      long_documents="error".
+  """
+  size, pieces = reading.max_document_tokens, reading.max_pieces
+  shape = (reading.batch_size, pieces, size)
+  ids, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+  for row, document in enumerate(documents):
+    if not document.text.strip():
+      raise ValueError(
+        f"document {document.id} is empty; leave it out of the stream"
+      )
+    tokens = tokenizer(document.text)["input_ids"]
+    if len(tokens) > size * pieces and reading.long_documents == "error":
+      raise ValueError(
+        f"document {document.id} has {len(tokens)} tokens, over "
+        f"max_document_tokens={size}; raise it, or set long_documents to "
+        "truncate or chunk"
+      )
+    for piece in range(pieces):
+      part = tokens[piece * size : (piece + 1) * size]
+      ids[row, piece, : len(part)] = part
+      valid[row, piece, : len(part)] = True
+  numbers = np.full(reading.batch_size, -1, np.int32)
+  numbers[: len(documents)] = [document.id for document in documents]
+  live = np.arange(reading.batch_size) < len(documents)
+  return DocumentBatch(Texts(ids, valid), numbers, live)
+
+
+def encode_questions(
+  reading: Reading,
+  asking: Any,
+  tokenizer: Any,
+  questions: Sequence[Question],
+) -> QuestionBatch:
+  """Tokenise questions, and fill up to `batch_size`; the lengths are buckets.
+
+  Args:
+    asking: tokenizer of the compressor.
+    tokenizer: of the language model.
+  """
+  texts = [prompt_text(question.text, reading.chat) for question in questions]
+  parts = [
+    [
+      tokens(text)["input_ids"][-reading.max_question_tokens :]
+      for text in texts
+    ]
+    for tokens in (asking, tokenizer)
+  ]
+  rows = reading.batch_size
+  padded = [
+    Texts(
+      *generate.pad_prompts(
+        part, generate.bucket_length(max(map(len, part), default=1)), rows
+      )
+    )
+    for part in parts
+  ]
+  columns = np.full((2, rows), -1, np.int32)
+  columns[0, : len(texts)] = [question.id for question in questions]
+  columns[1, : len(texts)] = [question.document for question in questions]
+  return QuestionBatch(*padded, *columns, np.arange(rows) < len(texts))
+
+
+def prompt_text(question: str, chat: bool) -> str:
+  """Text up to where the model is to answer; bare: the question (MAC)."""
+  question = question.strip()
+  return f"<|user|>\n{question}\n{ASSISTANT_HEADER}" if chat else question

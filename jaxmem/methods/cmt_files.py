@@ -1,0 +1,145 @@
+"""Trained weights of CMT, MAC or MBC, to and from a directory.
+
+  DIRECTORY/memory.safetensors   parameters, named by their path in the tree
+  DIRECTORY/memory.json          method, settings, base model
+
+Official state dicts of MAC and MBC are read by `methods/mac_files.py`.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxmem.methods import cmt, cmt_params
+from jaxmem.methods.cmt_settings import Settings
+from jaxmem.models import tensor_files
+from jaxmem.training import optimizer
+
+WEIGHTS_FILE, SETTINGS_FILE = "memory.safetensors", "memory.json"
+DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+class Saved(NamedTuple):
+  """What a directory says of itself."""
+
+  method: str
+  settings: Settings
+  base: str  # fingerprint of the language model's weights
+
+
+def save(
+  directory: str | pathlib.Path,
+  saved: Saved,
+  params: cmt.Params,
+  *,
+  dtype: str = "float32",
+  record: dict[str, Any] | None = None,
+) -> None:
+  """Write trained weights; what the directory held of them is replaced.
+
+  Args:
+    dtype: of DTYPES; bfloat16 halves the file.
+    record: numbers to keep beside the settings (steps, scores).
+
+  Raises:
+    ValueError: an unknown dtype.
+  """
+  if dtype not in DTYPES:
+    raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}")
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  tensors = {
+    name: np.ascontiguousarray(np.asarray(leaf).astype(DTYPES[dtype]))
+    for name, leaf in _named(params).items()
+  }
+  described = {
+    "method": saved.method,
+    "base": saved.base,
+    "settings": dataclasses.asdict(saved.settings),
+    "record": record or {},
+  }
+  partial = directory / f"{WEIGHTS_FILE}.partial"
+  save_file(tensors, partial, metadata={"format": "pt"})
+  (directory / SETTINGS_FILE).unlink(missing_ok=True)  # until both are there
+  partial.replace(directory / WEIGHTS_FILE)
+  text = json.dumps(described, indent=1) + "\n"
+  (directory / SETTINGS_FILE).write_text(text)
+
+
+def describe(directory: str | pathlib.Path) -> Saved:
+  """Read what a directory says of itself.
+
+  Raises:
+    ValueError: no such file, or one that is not whole.
+  """
+  path = pathlib.Path(directory) / SETTINGS_FILE
+  if not path.is_file():
+    raise ValueError(
+      f"{path}: no such file; give a directory that experiments.cmt exported"
+    )
+  try:
+    found = json.loads(path.read_text())
+    given = found["settings"]
+    given["lora_targets"] = tuple(given["lora_targets"])
+    return Saved(found["method"], Settings(**given), found["base"])
+  except (json.JSONDecodeError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path} does not describe trained weights ({error!r}); export them again"
+    ) from error
+
+
+def load(
+  directory: str | pathlib.Path, model: cmt.Model, frozen: Any, base: str
+) -> cmt.Params:
+  """Read trained weights, float32.
+
+  Args:
+    model: with the settings of `describe`.
+    frozen: the language model's weights, or their shapes.
+    base: their fingerprint.
+
+  Raises:
+    ValueError: weights that were trained on another model, or tensors missing,
+      too many or of other shapes.
+  """
+  directory = pathlib.Path(directory)
+  saved = describe(directory)
+  if saved.base != base:
+    raise ValueError(
+      f"{directory} was trained on the model with fingerprint {saved.base}, "
+      f"this one has {base}: load the model that it was trained on"
+    )
+  like = jax.eval_shape(
+    lambda weights: cmt_params.init(model, weights, rng=jax.random.key(0)),
+    frozen,
+  )
+  tensors = tensor_files.open_file(directory / WEIGHTS_FILE)
+  wanted = {name: leaf.shape for name, leaf in _named(like).items()}
+  given = {name: tensor.shape for name, tensor in tensors.items()}
+  if wrong := sorted(set(wanted.items()) ^ set(given.items())):
+    listed = "; ".join(
+      f"{name}: expected {wanted.get(name)}, got {given.get(name)}"
+      for name in sorted({name for name, _ in wrong})[:8]
+    )
+    raise ValueError(
+      f"{directory / WEIGHTS_FILE} does not fit its settings: {listed}"
+    )
+
+  def read(name, leaf):
+    values = np.asarray(tensors[name].view[:], np.float32)
+    return jnp.asarray(values.reshape(leaf.shape))
+
+  return jax.tree.map(read, optimizer.path_names(like), like)
+
+
+def _named(tree: Any) -> dict[str, Any]:
+  """Leaves by path, `a/b/c`."""
+  names = jax.tree.leaves(optimizer.path_names(tree))
+  return dict(zip(names, jax.tree.leaves(tree), strict=True))

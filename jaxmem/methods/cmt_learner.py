@@ -1,0 +1,270 @@
+"""CMT, MAC and MBC as learners: read a stream into a bank, answer from it.
+
+Source: CMT (arXiv 2412.07393): one pass over each document, without a gradient;
+top-k of the bank when a question comes. The scores other than "match" are our
+diagnostics.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxmem.evaluation.streams import Answers, Cost, Learner
+from jaxmem.memory import aggregator, bank, quantizer, retriever
+from jaxmem.methods import cmt
+from jaxmem.methods.cmt_batches import (
+  DocumentBatch,
+  QuestionBatch,
+  Reading,
+  encode_documents,
+  encode_questions,
+)
+from jaxmem.models import decoder, generate
+
+
+class Weights(NamedTuple):
+  """What the programs take as arguments beside the state."""
+
+  frozen: Any
+  params: cmt.Params
+
+
+def make_learner(
+  name: str,
+  model: cmt.Model,
+  weights: Weights,
+  reading: Reading,
+  tokenizer: Any,
+  *,
+  t5_tokenizers: tuple[Any, Any] | None = None,
+) -> Learner:
+  """Make a learner of trained weights; the weights do not move.
+
+  Args:
+    tokenizer: of the language model.
+    t5_tokenizers: for documents and for questions, with compressor="t5"; None:
+      the language model's.
+  """
+  readout = None
+  if model.settings.decode_alpha:
+    readout = make_readout(model)
+  tokenizers = t5_tokenizers or (tokenizer, tokenizer)
+  return Learner(
+    name=name,
+    encode_documents=functools.partial(
+      encode_documents, reading, tokenizers[0]
+    ),
+    encode_questions=functools.partial(
+      encode_questions, reading, tokenizers[1], tokenizer
+    ),
+    init=lambda rng: empty_bank(model, reading, rng=rng),
+    adapt=functools.partial(functools.partial(adapt, model, reading), weights),
+    answer=functools.partial(
+      functools.partial(answer, model, reading, readout), weights
+    ),
+    size=lambda state: bank.statistics(state).bytes,
+    batch_size=reading.batch_size,
+  )
+
+
+def empty_bank(
+  model: cmt.Model, reading: Reading, *, rng: jax.Array
+) -> bank.Bank:
+  """Return a bank without documents, of vectors or, with a codebook, codes."""
+  settings, width = model.settings, model.config.hidden_size
+  shape, dtype = (settings.tokens, width), model.dtype or jnp.float32
+  if settings.num_codes:
+    shape, dtype = (settings.tokens,), jnp.uint16
+  pooled = {"mean": width, "flatten": settings.tokens * width}
+  return bank.empty(
+    reading.capacity, shape, pooled[settings.match_pool], dtype=dtype, rng=rng
+  )
+
+
+def adapt(
+  model: cmt.Model,
+  reading: Reading,
+  weights: Weights,
+  state: bank.Bank,
+  batch: DocumentBatch,
+) -> tuple[bank.Bank, Cost]:
+  """Compress documents and write them; one forward pass, no gradient.
+
+  A document cut into pieces becomes an entry for each, all with its id.
+  """
+  settings = model.settings
+  texts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.texts)
+  pieces = batch.texts.ids.shape[1]
+  live = jnp.repeat(batch.valid, pieces) & texts.valid.any(axis=1)
+  memories = cmt.compress(model, weights.frozen, weights.params, texts)
+  if settings.num_codes:
+    codebook, flat = weights.params["quantizer"], memories
+    found = quantizer.quantize(codebook, flat.reshape(-1, flat.shape[-1]))
+    stored = found.codes.reshape(flat.shape[:2]).astype(jnp.uint16)
+    memories = quantizer.decode(codebook, stored.astype(jnp.int32))
+  else:
+    stored = memories.astype(state.memories.dtype)
+  state = bank.write(
+    state,
+    stored,
+    pooled(memories, settings.match_pool),
+    jnp.repeat(batch.ids, pieces),
+    jax.vmap(bank.digest)(texts.ids, texts.valid),
+    live,
+    policy=reading.policy,
+    deduplicate=reading.deduplicate,
+  )
+  tokens = (texts.valid & live[:, None]).sum(dtype=jnp.int32)
+  return state, Cost(batch.valid.sum(dtype=jnp.int32), tokens)
+
+
+def pooled(memories: jax.Array, how: str) -> jax.Array:
+  """Return the keys [B, E] that memories [B, C, D] are matched by."""
+  return jax.vmap(lambda vectors: retriever.pooled(vectors, how))(memories)
+
+
+def retrieve(
+  model: cmt.Model,
+  reading: Reading,
+  state: bank.Bank,
+  question: jax.Array,
+  batch: QuestionBatch,
+) -> retriever.Retrieved:
+  """Choose the documents that each question draws on, as `reading.score` says.
+
+  Args:
+    question: memory vectors of the questions, [B, C, D].
+  """
+  number = reading.retrieved
+  if reading.score == "match":
+    queries = pooled(question, model.settings.match_pool)
+    return retriever.top_k(queries, state.key, state.valid, number)
+  gold = state.doc_id[None] == batch.documents[:, None]
+  allowed = state.valid[None] & {
+    "oracle": gold, "shuffled": ~gold, "random": jnp.ones_like(gold),
+  }[reading.score]  # fmt: skip
+  draws = jax.vmap(
+    lambda i: jax.random.uniform(
+      jax.random.fold_in(state.rng, i), state.valid.shape
+    )
+  )(batch.ids)
+  values, index = jax.lax.top_k(jnp.where(allowed, draws, -jnp.inf), number)
+  return retriever.Retrieved(values, index, values > -jnp.inf)
+
+
+def stored_memories(
+  params: cmt.Params, state: bank.Bank, index: jax.Array | None = None
+) -> jax.Array:
+  """Read memories [.., C, D] float32 from the bank, codes looked up."""
+  found = state.memories if index is None else state.memories[index]
+  if "quantizer" in params:
+    found = quantizer.decode(params["quantizer"], found.astype(jnp.int32))
+  return found.astype(jnp.float32)
+
+
+def aggregate(
+  model: cmt.Model,
+  reading: Reading,
+  params: cmt.Params,
+  state: bank.Bank,
+  question: jax.Array,
+  found: retriever.Retrieved | None,
+) -> jax.Array:
+  """Let questions [B, C, D] read what was found, or else the whole bank."""
+  settings, weights = model.settings, params["aggregator"]
+  if found is not None and settings.no_aggregate:
+    return stored_memories(params, state, found.index[:, 0])
+  chunk = settings.chunk if settings.aggregation == "chunked" else None
+  if found is not None:
+    memories = stored_memories(params, state, found.index)
+    if settings.aggregation == "hierarchical":
+      return jax.vmap(
+        lambda q, m, v: aggregator.hierarchical(
+          weights, q, m, v, settings.window
+        )
+      )(question, memories, found.valid)
+    return jax.vmap(
+      lambda q, m, v: aggregator.aggregate(weights, q, m, v, chunk=chunk)
+    )(question, memories, found.valid)
+  memories = stored_memories(params, state)
+  if settings.aggregation == "hierarchical":
+    return jax.vmap(
+      lambda q: aggregator.hierarchical(
+        weights, q, memories, state.valid, settings.window
+      )
+    )(question)
+  # The bank's keys and values are the same for all questions.
+  rows = aggregator.project(weights, memories.reshape(-1, memories.shape[-1]))
+  live = jnp.repeat(state.valid, memories.shape[1])
+  return jax.vmap(
+    lambda q: aggregator.attend(weights, q, rows, live, chunk=chunk)
+  )(question)
+
+
+def answer(
+  model: cmt.Model,
+  reading: Reading,
+  readout: generate.Readout | None,
+  weights: Weights,
+  state: bank.Bank,
+  batch: QuestionBatch,
+) -> Answers:
+  """Answer questions from the bank; with nothing in it, as the model would."""
+  frozen, params = weights
+  question = cmt.compress(model, frozen, params, batch.asked, question=True)
+  found = None
+  sources = jnp.zeros((len(batch.ids), 0), jnp.int32)
+  if reading.retrieved:
+    found = retrieve(model, reading, state, question, batch)
+    sources = jnp.where(found.valid, state.doc_id[found.index], -1)
+  latents = aggregate(model, reading, params, state, question, found)
+  something = state.valid.any() if found is None else found.valid.any(axis=1)
+  something = jnp.broadcast_to(something, batch.valid.shape)
+  prefix = cmt.to_prefix(model, params, latents)
+  prompt, start = batch.prompt, model.prefix_start
+  shape = prefix.key.shape[:3]  # [L, B, P]
+  live = jnp.broadcast_to(something[None, :, None], shape)
+  prefix = prefix._replace(valid=live)
+  if readout is not None:
+    prefix, start = _branches(prefix, start)
+  out = generate.generate(
+    model.config,
+    frozen,
+    prompt.ids,
+    prompt.valid & batch.valid[:, None],
+    reading.decode,
+    prefix=prefix,
+    start=start,
+    adapters=params.get("kv_lora"),
+    readout=readout,
+    readout_params=frozen,
+    constrain=model.constrain,
+    dtype=model.dtype,
+  )
+  return Answers(out.tokens, out.length - out.done, sources)
+
+
+def _branches(prefix, start):
+  """Rows with and without the memory side by side, [L, 2 B, P, ..]."""
+  prefix = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), prefix)
+  rows = prefix.valid.shape[1]
+  with_memory = jnp.arange(rows) % 2 == 0
+  live = prefix.valid & with_memory[None, :, None]
+  return prefix._replace(valid=live), jnp.where(with_memory, start, 0)
+
+
+def make_readout(model: cmt.Model) -> generate.Readout:
+  """Make the head for two branches, with and without the memory.
+
+  The head is linear, so the states are adjusted in place of the scores.
+  """
+  alpha = model.settings.decode_alpha
+
+  def scores(frozen, state, hidden):
+    del state
+    mixed = cmt.adjust(hidden[:, 0], hidden[:, 1], alpha)
+    return decoder.logits(model.config, frozen, mixed)
+
+  return generate.Readout(scores, branches=2)

@@ -1,0 +1,362 @@
+"""CMT's training loss: documents of a batch are the bank of its questions.
+
+Source: CMT (arXiv 2412.07393): the memory-aware objective and the matching
+loss; MAC (arXiv 2403.04317) section 3: the bank of the batch and dropout of
+gradients; MBC (arXiv 2601.00756): the codebook and its resets. Axes as in
+`methods/cmt.py`; U rows of a batch, n documents of a row, Q questions of a
+row, A tokens of a question with its answer, V codes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmem.data.memory_rows import MemoryRows, Texts
+from jaxmem.memory import aggregator, quantizer, retriever
+from jaxmem.methods.cmt import Model, Params, adjust, compress, read, to_prefix
+from jaxmem.models import decoder
+from jaxmem.training.loss import cross_entropy
+from jaxmem.training.step import Gather, LossAux
+
+
+class Codebook(NamedTuple):
+  """What the codebook's resets go by; carried as the train state's memory."""
+
+  usage: quantizer.Usage
+  counts: jax.Array  # [V] float32, of this step
+  candidates: jax.Array  # [V, D] vectors that may replace unused codes
+  found: jax.Array  # [] int32, how many of them there are
+
+
+def start_memory(model: Model) -> Any:
+  """Return the train state's memory at step 0: `Codebook`, or () without."""
+  number, width = model.settings.num_codes, model.config.hidden_size
+  if not number:
+    return ()
+  return Codebook(
+    quantizer.init_usage(number),
+    jnp.zeros(number),
+    jnp.zeros((number, width)),
+    jnp.int32(0),
+  )
+
+
+def make_post_update(model: Model, moments: Callable) -> Callable | None:
+  """Make what resets unused codes after a step; None without codes.
+
+  Args:
+    moments: (opt_state, replaced [V]) -> opt_state with the moments of the
+      replaced codes zero; see `cmt_params.zero_moments`.
+  """
+  settings = model.settings
+  if not settings.num_codes:
+    return None
+
+  def post_update(state, aux, rng):
+    del aux, rng
+    memory = state.memory
+    codes, usage, replaced = quantizer.reset(
+      state.params["quantizer"],
+      memory.usage,
+      memory.candidates,
+      memory.counts,
+      found=memory.found,
+      decay=settings.vq_decay,
+      threshold=settings.vq_threshold,
+    )
+    return state._replace(
+      params=state.params | {"quantizer": codes},
+      opt_state=moments(state.opt_state, replaced),
+      memory=memory._replace(
+        usage=usage, counts=jnp.zeros_like(memory.counts), found=jnp.int32(0)
+      ),
+    )
+
+  return post_update
+
+
+class Selected(NamedTuple):
+  """The documents each question draws on."""
+
+  index: jax.Array  # [G, R] int32, into the bank
+  valid: jax.Array  # [G, R]
+
+
+def select_in_batch(
+  scores: Float[Array, "G B"], own: Int[Array, "G"], number: int
+) -> Selected:
+  """Choose each question's own document and the best-scoring others.
+
+  Without a gradient. A question without a document gets the best alone.
+  """
+  place = jnp.arange(scores.shape[1])[None]
+  scores = jnp.where(place == own[:, None], jnp.inf, scores)
+  values, index = jax.lax.top_k(jax.lax.stop_gradient(scores), number)
+  return Selected(index, values > -jnp.inf)
+
+
+class Bank(NamedTuple):
+  """The documents of a step, those of all devices."""
+
+  memories: jax.Array  # [B, C, D]
+  ids: jax.Array  # [B]
+
+
+class Compressed(NamedTuple):
+  """A batch of which every text is compressed."""
+
+  bank: Bank
+  question: jax.Array  # [G, C, D], this device's
+  own: jax.Array  # [G] int32, place in the bank, or OWN_NONE
+  match: jax.Array  # [G], the matching loss
+  scores: jax.Array  # [G, B]
+  answers: Texts  # [G, A]
+  labels: jax.Array  # [G, A] bool
+  vq: tuple[jax.Array, jax.Array] | None  # sum and count of the VQ loss
+  memory: Any
+
+
+def compress_batch(
+  model: Model,
+  frozen: Any,
+  params: Params,
+  batch: MemoryRows,
+  gather: Gather,
+  *,
+  memory: Any = (),
+  rng: jax.Array | None = None,
+) -> Compressed:
+  """Compress documents and questions, and score them against each other.
+
+  Args:
+    gather: brings the documents of all devices together.
+    memory: of `start_memory`.
+    rng: of the step, equal on all devices; None draws nothing, and collects
+      no candidates for the codebook.
+  """
+  number = batch.document_ids.shape[1]
+  rng_codes = None
+  if rng is not None:
+    rng_codes, rng = jax.random.split(rng)
+    rng = jax.random.fold_in(rng, gather.index())
+    rng = rng if model.settings.drops else None
+  local, vq, memory = _documents(
+    model, frozen, params, batch, memory, gather, rng, rng_codes
+  )
+  memories, ids = gather((local, batch.document_ids))
+  bank = Bank(memories.reshape(-1, *memories.shape[2:]), ids.reshape(-1))
+  own = _global_places(batch.own, number, gather.index())
+  question = compress(
+    model,
+    frozen,
+    params,
+    _flat(batch.questions),
+    question=True,
+    rng=_fold(rng, 1),
+  )
+  match, scores = _match(model, question, bank, own)
+  labels = batch.labels.reshape(-1, batch.labels.shape[-1])
+  return Compressed(
+    bank, question, own, match, scores, _flat(batch.answers), labels, vq, memory
+  )
+
+
+def make_loss(model: Model) -> Callable:
+  """Make the loss of `training.step`, over `MemoryRows`.
+
+  The first keep * n documents of a row get a gradient, and only their questions
+  count (MAC section 3.3, as its code has it); the rest are distractors. All
+  documents of the batch, on all devices, are one bank.
+  """
+  settings = model.settings
+
+  def loss_fn(params, memory, frozen, batch: MemoryRows, *, rng, gather):
+    found = compress_batch(
+      model, frozen, params, batch, gather, memory=memory, rng=rng
+    )
+    kept = settings.num_kept(batch.document_ids.shape[1])
+    counted = (batch.own < kept).reshape(-1) & found.labels.any(axis=1)
+    labels = found.labels & counted[:, None]
+    latents = aggregate_batch(
+      model, params, found.question, found.bank, found.scores, found.own
+    )
+    nll, hit = answer_loss(
+      model, frozen, params, found.answers, labels,
+      to_prefix(model, params, latents),
+    )  # fmt: skip
+    answered = counted & (found.own >= 0)
+    right = (hit.sum(axis=1) == labels.sum(axis=1)) & counted
+    best = jnp.argmax(found.scores, axis=1) == found.own
+    metrics = {
+      "nll": (nll.sum(), labels.sum()),
+      "right": ((right & answered).sum(), answered.sum()),
+      "known": ((right & ~answered).sum(), (counted & ~answered).sum()),
+      "recall": ((best & answered).sum(), answered.sum()),
+      "match": ((found.match * answered).sum(), answered.sum()),
+    }
+    if found.vq is not None:
+      metrics["vq"] = found.vq
+    total = nll.sum() + _others(settings, metrics, gather)
+    return total, LossAux(found.memory, labels.sum(), metrics)
+
+  return loss_fn
+
+
+def _others(settings, metrics, gather):
+  """Terms that are means of their own counts; the step divides by tokens."""
+
+  def everywhere(name):
+    return gather(metrics[name][1][None]).sum()
+
+  tokens, total = everywhere("nll"), 0.0
+  for name, weight in (("match", settings.beta), ("vq", settings.vq_weight)):
+    if name in metrics and weight:
+      share = weight * tokens / jnp.maximum(everywhere(name), 1)
+      total += share * metrics[name][0]
+  return total
+
+
+def _fold(rng, number):
+  return None if rng is None else jax.random.fold_in(rng, number)
+
+
+def _flat(texts: Texts) -> Texts:
+  return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts)
+
+
+def _global_places(own, number, shard):
+  """Places within rows [U, Q] to places in the bank of all devices, [G]."""
+  rows = own.shape[0]
+  first = (shard * rows + jnp.arange(rows, dtype=jnp.int32)) * number
+  return jnp.where(own >= 0, first[:, None] + own, -1).reshape(-1)
+
+
+def _documents(model, frozen, params, batch, memory, gather, rng, rng_codes):
+  """Compress a batch's documents: memories [U, n, C, D], VQ loss, memory."""
+  settings, (rows, number) = model.settings, batch.document_ids.shape
+  kept, out = settings.num_kept(number), []
+  for held, part in enumerate((slice(kept), slice(kept, number))):
+    if part.start == number:
+      continue
+    texts = jax.tree.map(lambda x, part=part: x[:, part], batch.documents)
+    found = compress(
+      model, frozen, params, _flat(texts), rng=_fold(rng, 2 + held)
+    )
+    found = found.reshape(rows, -1, *found.shape[1:])
+    out.append(jax.lax.stop_gradient(found) if held else found)
+  memories = jnp.concatenate(out, axis=1)
+  if not settings.num_codes:
+    return memories, None, memory
+  vectors = memories.reshape(-1, memories.shape[-1])
+  found = quantizer.quantize(
+    params["quantizer"], vectors, commitment=settings.vq_commitment
+  )
+  counts = gather(found.counts[None]).sum(axis=0)
+  if rng_codes is not None:
+    memory = _candidates(memory, gather(vectors), rng_codes)
+    memory = memory._replace(counts=memory.counts + counts)
+  loss = (found.loss_sum, found.loss_count)
+  return found.quantized.reshape(memories.shape), loss, memory
+
+
+def _candidates(memory, vectors, rng):
+  """Keep a draw of the latest vectors, as many as there are codes at most."""
+  number = min(len(memory.counts), len(vectors))
+  order = jax.random.permutation(rng, len(vectors))[:number]
+  chosen = jax.lax.stop_gradient(vectors)[order]
+  return memory._replace(
+    candidates=memory.candidates.at[:number].set(chosen),
+    found=jnp.int32(number),
+  )
+
+
+def _match(model, question, bank, own):
+  """The matching loss [G] and the scores [G, B] of a batch."""
+  settings = model.settings
+  queries = retriever.pooled_batch(question, settings.match_pool)
+  keys = retriever.pooled_batch(bank.memories, settings.match_pool)
+  scores = queries @ keys.T
+  if settings.match == "softmax":
+    loss = retriever.softmax_match(
+      queries, keys, own, bank.ids, temperature=settings.temperature
+    )
+  else:
+    loss = retriever.self_match(
+      queries, keys, own, bank.ids, weight=settings.match_weight
+    )
+  return loss, scores
+
+
+def aggregate_batch(model, params, question, bank, scores, own):
+  """Aggregate each question's documents of a step: [G, C, D].
+
+  settings.train_retrieved says how many; 0 is all of them, as MAC does.
+  """
+  settings = model.settings
+  number, tokens = bank.memories.shape[:2]
+  if settings.no_aggregate:  # as MAC's option of this name
+    return bank.memories[jnp.maximum(own, 0)]
+  flat = bank.memories.reshape(-1, bank.memories.shape[-1])
+  projected = aggregator.project(params["aggregator"], flat)
+  if not settings.train_retrieved:
+    everything = jnp.ones(number * tokens, bool)
+    return jax.vmap(
+      lambda q: aggregator.attend(
+        params["aggregator"], q, projected, everything
+      )
+    )(question)
+  chosen = select_in_batch(scores, own, min(settings.train_retrieved, number))
+
+  def one(question, index, valid):
+    place = (index[:, None] * tokens + jnp.arange(tokens)[None]).reshape(-1)
+    rows = jax.tree.map(lambda x: x[:, place], projected)
+    return aggregator.attend(
+      params["aggregator"], question, rows, jnp.repeat(valid, tokens)
+    )
+
+  return jax.vmap(one)(question, chosen.index, chosen.valid)
+
+
+def answer_loss(
+  model: Model,
+  frozen: Any,
+  params: Params,
+  texts: Texts,
+  labels: Bool[Array, "G A"],
+  prefix: decoder.Prefix | None,
+) -> tuple[Float[Array, "G Y"], Bool[Array, "G Y"]]:
+  """Score the answers' tokens behind a prefix, by adjusted logits.
+
+  Args:
+    texts: question and answer.
+    labels: tokens that are scored; at most settings.answer_labels of a row.
+
+  Returns: nats per label, 0 where there is none, and whether it is the
+    likeliest token.
+  """
+  settings = model.settings
+  index = jnp.argsort(~labels[:, 1:], axis=1, stable=True)
+  index = index[:, : settings.answer_labels]
+  ids = jnp.take_along_axis(texts.ids[:, 1:], index, axis=1)
+  valid = jnp.take_along_axis(labels[:, 1:], index, axis=1)
+  hidden = read(model, frozen, params, texts, prefix)
+  alpha = settings.train_alpha
+  if alpha:
+    plain = jax.lax.stop_gradient(read(model, frozen, {}, texts, None))
+    hidden = jnp.concatenate([hidden, plain], axis=-1)
+
+  def logits(rows):
+    if not alpha:
+      return decoder.logits(model.config, frozen, rows)
+    both = (
+      decoder.logits(model.config, frozen, part)
+      for part in jnp.split(rows, 2, axis=-1)
+    )
+    return adjust(*both, alpha)
+
+  return cross_entropy(
+    logits, hidden, index, ids, valid, constrain=model.constrain
+  )

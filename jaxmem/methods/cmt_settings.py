@@ -1,0 +1,129 @@
+"""What CMT's paper leaves open, and what MAC and MBC do otherwise."""
+
+import dataclasses
+import math
+
+COMPRESSORS = ("lm_lora", "t5")
+OUTPUTS = ("none", "linear", "mlp")
+INJECTORS = ("mac_slots", "bottleneck", "linear")
+MATCHES = ("self", "softmax")
+POOLS = ("mean", "flatten")
+AWARE = ("train+decode", "train", "decode", "off")
+SCORES = ("match", "oracle", "random", "shuffled")
+PREFIX_POSITIONS = ("offset", "zero")
+AGGREGATIONS = ("flat", "chunked", "hierarchical")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """Switches of the method; hashable, and compiled in.
+
+  Source: each field says what is of the paper; the rest is our reading of what
+  it does not say.
+
+  Raises:
+    ValueError: a value that does not exist or is out of range.
+  """
+
+  compressor: str = "lm_lora"  # of COMPRESSORS; t5: MAC's
+  tokens: int = 24  # C, memory vectors of a document (MAC)
+  share_question_encoder: bool = True  # the paper's figure; MAC: False
+  question_slots: bool = True  # slots of their own for questions, if shared
+  lora_rank: int = 32
+  lora_alpha: float | int = 64.0
+  lora_dropout: float | int = 0.05
+  lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
+  conditional_lora: bool = False  # the adapter acts at slots alone, as in CCM
+  output: str = "linear"  # of OUTPUTS; mlp: one network per slot (MAC)
+  blocks: int = 4  # of the aggregator; these three: MAC
+  heads: int = 8
+  head_dim: int = 96
+  aligned_start: bool = False  # see `cmt_params.align`
+  aggregation: str = "chunked"  # of AGGREGATIONS, when questions are answered
+  chunk: int = 1024  # memory vectors at a time
+  window: int = 16  # documents of a group, hierarchical (MAC)
+  injector: str = "mac_slots"  # of INJECTORS
+  prefix_len: int = 2  # P of mac_slots; the others have C
+  injector_hidden: int = 768  # of mac_slots' networks (MAC)
+  injector_rank: int = 256  # of bottleneck
+  prefix_positions: str = "offset"  # text starts at P (MAC); or "zero"
+  alpha: float | int = 0.5  # of the memory-aware objective
+  memory_aware: str = "train+decode"  # of AWARE
+  beta: float | int = 0.1  # weight of the matching loss
+  match: str = "self"  # the paper's loss; or softmax over the bank's documents
+  match_weight: float | int = 0.1  # lambda of the self-matching loss
+  temperature: float | int = 0.1  # of the softmax
+  match_pool: str = "mean"  # of POOLS
+  train_retrieved: int = 0  # documents a question draws on in training; 0: all
+  no_aggregate: bool = False  # its own document's memory is injected as it is
+  keep: float | int = 1.0  # share of documents with a gradient (MAC 3.3)
+  answer_labels: int = 24  # tokens of an answer at most (MAC)
+  num_codes: int = 0  # of the codebook; 0: none (MBC: 512)
+  vq_commitment: float | int = 0.25  # MBC
+  vq_weight: float | int = 1.0  # MBC
+  vq_decay: float | int = 0.99  # MBC
+  vq_threshold: float | int = 1e-4  # MBC
+  kv_lora_rank: int = 0  # adapter of the model's keys and values; 0: none
+  kv_lora_alpha: float | int = 64.0  # MBC
+  kv_lora_layers: int = 16  # the last so many (MBC)
+  t5_mask_bug: bool = False  # attend to padding, as MAC's code does
+
+  def __post_init__(self):
+    for name, allowed in (
+      ("compressor", COMPRESSORS),
+      ("output", OUTPUTS),
+      ("aggregation", AGGREGATIONS),
+      ("injector", INJECTORS),
+      ("prefix_positions", PREFIX_POSITIONS),
+      ("memory_aware", AWARE),
+      ("match", MATCHES),
+      ("match_pool", POOLS),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f"{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}"
+        )
+    for name in (
+      "tokens", "blocks", "heads", "head_dim", "chunk", "prefix_len",
+      "injector_hidden", "injector_rank", "answer_labels", "lora_rank",
+    ):  # fmt: skip
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
+    for name in (
+      "alpha", "beta", "match_weight", "train_retrieved", "num_codes",
+      "kv_lora_rank", "vq_weight", "vq_commitment",
+    ):  # fmt: skip
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name} is {getattr(self, name)}; at least 0")
+    if self.window <= 1:
+      raise ValueError(f"window is {self.window}; at least 2 documents")
+    if not self.temperature > 0:
+      raise ValueError(f"temperature is {self.temperature}; must be above 0")
+    if not 0 < self.keep <= 1:
+      raise ValueError(f"keep is {self.keep}; must be in (0, 1]")
+    if not 0 <= self.lora_dropout < 1:
+      raise ValueError(f"lora_dropout is {self.lora_dropout}; in [0, 1)")
+
+  @property
+  def prefix_rows(self) -> int:
+    """P, rows that the injector puts before a question."""
+    return self.prefix_len if self.injector == "mac_slots" else self.tokens
+
+  @property
+  def train_alpha(self) -> float | int:
+    """Alpha of the training loss."""
+    return self.alpha if self.memory_aware.startswith("train") else 0.0
+
+  @property
+  def decode_alpha(self) -> float | int:
+    """Alpha when answers are generated."""
+    return self.alpha if self.memory_aware.endswith("decode") else 0.0
+
+  @property
+  def drops(self) -> bool:
+    """Whether training draws anything."""
+    return self.lora_dropout > 0 and self.compressor == "lm_lora"
+
+  def num_kept(self, documents: int) -> int:
+    """How many of a row's documents get a gradient."""
+    return max(1, math.floor(self.keep * documents + 1e-9))

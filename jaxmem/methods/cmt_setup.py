@@ -1,0 +1,233 @@
+"""From the values of a CMT config to settings, stages, model and learners."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from jaxmem.data import memory_rows
+from jaxmem.methods import base as base_model
+from jaxmem.methods import cmt, cmt_train, mac, mbc
+from jaxmem.methods.cmt_batches import Reading
+from jaxmem.methods.cmt_settings import Settings
+from jaxmem.methods.remix import check
+from jaxmem.models import decoder
+from jaxmem.models.fingerprint import fingerprint
+from jaxmem.models.generate_settings import GenerateSettings
+from jaxmem.training import optimizer, parallel
+
+METHODS = {"cmt": Settings, "mac": mac.settings, "mbc": mbc.settings}
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DECODING = {
+  "greedy": {},
+  "beam3": {"method": "beam", "num_beams": 3},
+  "diverse12x4": {
+    "method": "beam",
+    "num_beams": 12,
+    "num_groups": 4,
+    "diversity_penalty": 10.0,
+    "early_stopping": True,
+  },
+}
+
+
+class Base(NamedTuple):
+  """What everything runs on."""
+
+  model: cmt.Model
+  weights: Any  # the frozen language model's
+  tokenizer: Any
+  mesh: Any
+  rules: parallel.Rules
+  name: str  # fingerprint of the weights
+
+
+def make_settings(config: ConfigDict) -> Settings:
+  """Build the method's settings; a field that is None is the method's own.
+
+  Raises:
+    ValueError: an unknown method or value.
+  """
+  check("method", config.method, tuple(METHODS))
+  given = {k: v for k, v in config.memory.items() if v is not None}
+  return METHODS[config.method](**given)
+
+
+def make_stages(config: ConfigDict) -> tuple[cmt_train.Stage, ...]:
+  """Build the stages in their order.
+
+  Raises:
+    ValueError: no stage, an unknown one, or a count below 1.
+  """
+  if not config.order:
+    raise ValueError("order names no stage; give some of config.stages")
+  return tuple(_stage(config, name) for name in config.order)
+
+
+def _stage(config, name) -> cmt_train.Stage:
+  if name not in config.stages:
+    raise ValueError(
+      f"order names the stage {name!r}; config.stages has "
+      f"{', '.join(config.stages)}"
+    )
+  stage, data = config.stages[name], config.data
+  for key in ("steps", "banks", "rows", "documents", "asked", "questions"):
+    if stage[key] < 1:
+      raise ValueError(f"stages.{name}.{key} is {stage[key]}; at least 1")
+  changes = {
+    "train_retrieved": stage.retrieved,
+    "no_aggregate": stage.no_aggregate,
+    "keep": stage.keep,
+  }
+  if stage.beta is not None:
+    changes["beta"] = stage.beta
+  shape = memory_rows.Shape(
+    **{
+      key: stage[key]
+      for key in (
+        "documents", "asked", "questions", "known", "conflicts", "hard",
+      )
+    },
+    **{
+      key: data[key]
+      for key in (
+        "facts", "document_tokens", "question_tokens", "answer_tokens",
+        "scaffold", "register", "filler",
+      )
+    },
+  )  # fmt: skip
+  return cmt_train.Stage(
+    name, stage.steps, stage.rows, shape, tuple(changes.items()), stage.banks
+  )
+
+
+def make_training(config: ConfigDict, total_steps: int) -> cmt_train.Training:
+  """Build the training settings.
+
+  Raises:
+    ValueError: an unknown schedule, or a value out of range.
+  """
+  train = config.train
+  check("train.schedule", train.schedule, optimizer.SCHEDULES)
+  if not train.rate > 0:
+    raise ValueError(f"train.rate is {train.rate}; it must be above 0")
+  if not 0 <= train.warmup_percent <= 100:
+    raise ValueError(
+      f"train.warmup_percent is {train.warmup_percent}; it must be in [0, 100]"
+    )
+  same = (
+    "rate", "schedule", "end_ratio", "b1", "b2", "weight_decay", "clip_norm",
+    "steps_per_call", "save_steps", "log_steps",
+  )  # fmt: skip
+  t5 = make_settings(config).compressor == "t5"
+  return cmt_train.Training(
+    warmup_steps=int(train.warmup_percent / 100 * total_steps),
+    t5_scale=train.t5_scale if t5 else None,
+    **{name: train[name] for name in same},
+  )
+
+
+def load_base(config: ConfigDict) -> Base:
+  """Load the language model and bind the method's settings to it.
+
+  Raises:
+    ValueError: no such model, or see `make_settings`.
+  """
+  settings = make_settings(config)
+  check("train.base_dtype", config.train.base_dtype, tuple(DTYPES))
+  if settings.compressor == "t5":
+    raise ValueError(
+      "memory.compressor=t5 needs the T5s of a released state dict or a "
+      "directory of T5 weights, which this experiment does not read yet; use "
+      "lm_lora, or build the model with methods/mac_files.py"
+    )
+  found = base_model.load(
+    config.model, config.mesh, dtype=DTYPES[config.train.base_dtype]
+  )
+  model = cmt.Model(
+    found.config,
+    settings,
+    constrain=parallel.make_constrain(found.mesh),
+    remat=config.train.remat,
+  )
+  rules = decoder.partition_rules() + parallel.REPLICATE
+  return Base(
+    model, found.weights, found.tokenizer, found.mesh, rules,
+    fingerprint(found.weights),
+  )  # fmt: skip
+
+
+def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
+  """Build how a bank is filled and asked.
+
+  Args:
+    documents: of the stream, which all fit where no capacity is given.
+    changes: fields of `Reading` to set otherwise.
+
+  Raises:
+    ValueError: an unknown value, or more retrieved than the bank holds.
+  """
+  asked, data = config.eval, config.data
+  check("eval.decode", asked.decode, tuple(DECODING))
+  decode = GenerateSettings(
+    max_new_tokens=asked.max_new_tokens, **DECODING[asked.decode]
+  )
+  given = {
+    "capacity": asked.capacity or documents,
+    "decode": decode,
+    "retrieved": asked.retrieved,
+    "score": asked.score,
+    "policy": asked.policy,
+    "batch_size": asked.batch_size,
+    "max_document_tokens": data.document_tokens,
+    "long_documents": data.long_documents,
+    "chat": data.chat,
+  }
+  if config.method in ("mac", "mbc"):  # they read the whole bank
+    given["retrieved"] = 0
+  return Reading(**(given | changes))
+
+
+def ladder(config: ConfigDict, documents: int) -> dict[str, Reading]:
+  """Name the ways in which one bank is asked, for the ladder of scores."""
+  capacity = config.eval.capacity or documents
+  few, many = min(4, capacity), min(16, capacity)
+  rungs = {
+    "own memory": {"retrieved": 1, "score": "oracle"},
+    f"top-{many}": {"retrieved": many},
+    f"top-{few}": {"retrieved": few},
+    "top-1": {"retrieved": 1},
+    "all": {"retrieved": 0},
+    f"random {many}": {"retrieved": many, "score": "random"},
+    "shuffled": {"retrieved": 1, "score": "shuffled"},
+  }
+  same = {"score": "match"}
+  return {
+    name: make_reading(config, documents, **(same | changes))
+    for name, changes in rungs.items()
+  }
+
+
+def learned(config: ConfigDict) -> dict[str, Any]:
+  """Settings that decide what is learned; for the run's fingerprint."""
+  train = config.train.to_dict()
+  for name in ("steps_per_call", "save_steps", "log_steps"):
+    del train[name]
+  return {
+    "settings": dataclasses.asdict(make_settings(config)),
+    "stages": [dataclasses.asdict(stage) for stage in make_stages(config)],
+    "train": train,
+    "seed": config.seed,
+  }
+
+
+def shard(base: Base, params: cmt.Params) -> cmt.Params:
+  """Put parameters on the devices, whole on each."""
+  return parallel.shard(params, base.mesh, parallel.REPLICATE)
+
+
+def draw_key(config: ConfigDict) -> jax.Array:
+  """The run's key."""
+  return jax.random.key(config.seed)

@@ -1,0 +1,285 @@
+"""CMT's compressor, aggregation, injection and loss on a small model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmem.data.memory_rows import MemoryRows, Texts
+from jaxmem.methods import cmt, cmt_loss, cmt_params, mac, mbc
+from jaxmem.methods.cmt_settings import Settings
+from jaxmem.models import decoder
+from jaxmem.training.loss import token_nll
+from jaxmem.training.step import Gather
+from tests.methods import small
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+SMALL = {
+  "compressor": "lm_lora",
+  "output": "linear",
+  "tokens": 3,
+  "lora_rank": 2,
+  "lora_alpha": 4.0,
+  "lora_dropout": 0.0,
+  "blocks": 2,
+  "heads": 2,
+  "head_dim": 4,
+  "injector": "linear",
+  "answer_labels": 3,
+}
+
+
+def model_of(make=Settings, **changes):
+  return cmt.Model(small.CONFIG, make(**(SMALL | changes)))
+
+
+@functools.cache
+def params_of(model, seed=0):
+  """Nothing neutral, so that every leaf matters."""
+  drawn = cmt_params.init(model, small.params(), rng=jax.random.key(seed))
+  rng = np.random.default_rng(seed)
+
+  def move(path, leaf):
+    fixed = path[-1].key in ("scale", "mask") and "adapters" in str(path)
+    draw = 0.2 * rng.normal(size=leaf.shape).astype(np.float32)
+    return leaf if fixed or "kv_lora" in str(path) else leaf + draw
+
+  return jax.tree_util.tree_map_with_path(move, drawn)
+
+
+def texts(shape, length, seed, *, left=False):
+  """Random ids with random lengths of at least 2."""
+  rng = np.random.default_rng(seed)
+  ids = rng.integers(3, small.CONFIG.vocab_size, (*shape, length))
+  number = rng.integers(2, length + 1, shape)
+  place = np.arange(length)
+  valid = place < number[..., None]
+  if left:
+    valid = valid[..., ::-1].copy()
+  return Texts(jnp.asarray(ids * valid, jnp.int32), jnp.asarray(valid))
+
+
+def batch_of(rows=8, documents=2, questions=2, seed=0):
+  """Rows whose questions are answered by each of their documents."""
+  rng = np.random.default_rng(seed)
+  ids = rng.permutation(100)[: rows * documents].reshape(rows, documents)
+  answers = texts((rows, questions), 9, seed + 2)
+  number = answers.valid.sum(-1, keepdims=True)
+  place = jnp.arange(9)[None, None]
+  labels = answers.valid & (place >= number - 2) & (place > 0)
+  own = rng.integers(0, documents, (rows, questions))
+  return MemoryRows(
+    texts((rows, documents), 7, seed),
+    jnp.asarray(ids, jnp.int32),
+    texts((rows, questions), 5, seed + 1),
+    answers,
+    labels,
+    jnp.asarray(own, jnp.int32),
+  )
+
+
+def loss_of(model, params, batch, memory=(), rng=None):
+  total, aux = cmt_loss.make_loss(model)(
+    params, memory, small.params(), batch,
+    rng=jax.random.key(0) if rng is None else rng, gather=Gather(),
+  )  # fmt: skip
+  return total / aux.count, aux
+
+
+def test_padding_changes_no_memory():
+  model = model_of()
+  params, right = params_of(model), texts((3,), 6, 1)
+  left = Texts(
+    jnp.stack([jnp.roll(i, 6 - v.sum()) for i, v in zip(*right, strict=True)]),
+    right.valid[:, ::-1],
+  )
+  wider = Texts(*(jnp.pad(x, ((0, 0), (0, 3))) for x in right))
+  run = jax.jit(functools.partial(cmt.compress, model, small.params(), params))
+  want = run(right)
+  assert want.shape == (3, 3, small.CONFIG.hidden_size)
+  np.testing.assert_allclose(run(left), want, **CLOSE)
+  np.testing.assert_allclose(run(wider), want, **CLOSE)
+
+
+def test_slots_stand_behind_the_last_token():
+  """As a plain pass over each text with the slots appended."""
+  model = model_of()
+  params, base, given = params_of(model), small.params(), texts((2,), 5, 3)
+  found = cmt.compress(model, base, params, given)
+  weights = params["compressor"]
+  for row, (ids, valid) in enumerate(zip(*given, strict=True)):
+    words = base["embed_tokens"]["embedding"][ids[: int(valid.sum())]]
+    inputs = jnp.concatenate([words, weights["slots"]])[None]
+    hidden = decoder.apply(
+      small.CONFIG, base, inputs, adapters=weights["adapters"]
+    ).hidden[0, -3:]
+    want = hidden @ weights["output"]["kernel"]
+    np.testing.assert_allclose(
+      found[row], want + weights["output"]["bias"][None], **CLOSE
+    )
+
+
+def test_conditional_adapter_leaves_the_text_alone():
+  model = model_of(conditional_lora=True)
+  params, given = params_of(model), texts((2,), 5, 3)
+  found = cmt.compress(model, small.params(), params, given)
+  free = cmt.compress(model_of(), small.params(), params, given)
+  assert not np.allclose(found, free, atol=1e-3)
+
+
+def test_questions_share_the_compressor_or_have_their_own():
+  shared, own = model_of(), model_of(share_question_encoder=False)
+  for model, name in ((shared, "question_slots"), (own, "slots")):
+    params, given = params_of(model), texts((2,), 5, 3)
+    run = functools.partial(cmt.compress, model, small.params(), params, given)
+    assert not np.allclose(run(question=True), run(), atol=1e-3)
+    part = params["compressor" if model is shared else "question"]
+    assert part[name].shape == (3, small.CONFIG.hidden_size)
+
+
+def test_adjusted_logits():
+  with_memory, without = jnp.array([1.0, 2.0]), jnp.array([3.0, -1.0])
+  np.testing.assert_allclose(
+    cmt.adjust(with_memory, without, 0.5), [0.0, 3.5], rtol=1e-6
+  )
+  grads = jax.grad(lambda a, b: cmt.adjust(a, b, 0.5).sum(), argnums=(0, 1))
+  left, right = grads(with_memory, without)
+  np.testing.assert_allclose(left, [1.5, 1.5], rtol=1e-6)
+  np.testing.assert_array_equal(right, 0)
+
+
+def test_without_a_prefix_alpha_changes_nothing():
+  base, labels = small.params(), batch_of().labels.reshape(16, -1)
+  answers = jax.tree.map(lambda x: x.reshape(16, -1), batch_of().answers)
+  losses = [
+    cmt_loss.answer_loss(model, base, {}, answers, labels, None)[0]
+    for model in (model_of(alpha=0.0), model_of(alpha=0.7))
+  ]
+  np.testing.assert_allclose(*losses, **CLOSE)
+  hidden = cmt.read(model_of(), base, {}, answers, None)
+  nll = token_nll(
+    decoder.logits(small.CONFIG, base, hidden[:, :-1]), answers.ids[:, 1:]
+  )
+  want = jnp.where(labels[:, 1:], nll, 0).sum()
+  np.testing.assert_allclose(losses[0].sum(), want, rtol=1e-5)
+
+
+def test_alpha_and_beta_zero_with_everything_retrieved_is_mac():
+  """Section 13, test 4: the same parameters, the same loss and gradient."""
+  as_mac = model_of(mac.settings)
+  as_cmt = model_of(
+    alpha=0.0, beta=0.0, share_question_encoder=False, train_retrieved=999
+  )
+  params, batch = params_of(as_mac), batch_of()
+  grads = [
+    jax.jit(jax.value_and_grad(lambda p, m=m: loss_of(m, p, batch)[0]))(params)
+    for m in (as_mac, as_cmt)
+  ]
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *grads
+  )
+
+
+def test_mac_is_bit_for_bit_cmt_with_alpha_zero():
+  batch = batch_of()
+  plain = model_of(alpha=0.0, memory_aware="off", beta=0.0)
+  zero = model_of(alpha=0.0, memory_aware="train+decode", beta=0.0)
+  params = params_of(plain)
+  left, right = (
+    jax.jit(lambda p, m=m: loss_of(m, p, batch)[0])(params)
+    for m in (plain, zero)
+  )
+  assert float(left) == float(right)
+
+
+def test_only_kept_documents_and_their_questions_count():
+  """Section 13, test 6; the model itself is never differentiated."""
+  batch = batch_of()
+  model = model_of(keep=0.5, alpha=0.0, beta=0.0)
+  params = params_of(model)
+  first = batch.own == 0
+  assert first.any() and not first.all()
+  loss, aux = loss_of(model, params, batch)
+  assert int(aux.count) == int(batch.labels[first].sum())
+  embedding = small.params()["embed_tokens"]["embedding"]
+
+  def by_documents(table):
+    """Documents of place 0 and 1 read other tables."""
+    frozen = small.params() | {"embed_tokens": {"embedding": table}}
+    memories, _, _ = cmt_loss._documents(
+      model, frozen, params, batch, (), Gather(), None, None
+    )
+    return memories
+
+  out, vjp = jax.vjp(by_documents, embedding)
+  held = jnp.zeros_like(out).at[:, 1].set(1.0)
+  np.testing.assert_array_equal(vjp(held)[0], 0)
+  assert (vjp(jnp.zeros_like(out).at[:, 0].set(1.0))[0] != 0).any()
+
+
+def test_own_document_comes_first_and_none_is_invented():
+  scores = jnp.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
+  found = cmt_loss.select_in_batch(scores, jnp.array([0, -1]), 2)
+  np.testing.assert_array_equal(found.index, [[0, 1], [0, 1]])
+  assert found.valid.all()
+
+
+def test_a_question_without_a_document_is_in_no_matching_loss():
+  model, batch = model_of(alpha=0.0), batch_of()
+  nobody = batch._replace(own=jnp.full_like(batch.own, -1))
+  _, aux = loss_of(model, params_of(model), nobody)
+  assert float(aux.metrics["match"][1]) == 0
+  assert int(aux.metrics["known"][1]) == batch.own.size
+
+
+def test_codes_take_the_place_of_memories_and_move():
+  model = model_of(mbc.settings, num_codes=7, kv_lora_rank=2, kv_lora_layers=1)
+  params, batch = params_of(model), batch_of()
+  memory = cmt_loss.start_memory(model)
+  (_, aux), grads = jax.jit(
+    jax.value_and_grad(lambda p: loss_of(model, p, batch, memory), has_aux=True)
+  )(params)
+  assert (grads["quantizer"] != 0).any()
+  lora = grads["kv_lora"]["self_attn"]["k_proj"]["lora_B"]
+  np.testing.assert_array_equal(lora[0], 0)  # only the last layer has one
+  assert (lora[1] != 0).any()
+  assert float(aux.memory.counts.sum()) == 8 * 2 * 3
+  assert int(aux.memory.found) == 7
+
+
+def test_aligned_start_looks_up_by_likeness():
+  model = model_of(aligned_start=True, heads=2, head_dim=8)
+  params = cmt_params.init(model, small.params(), rng=jax.random.key(0))
+  rng = np.random.default_rng(0)
+  memories = jnp.asarray(rng.normal(size=(5, 3, 16)) * 6, jnp.float32)
+  question = memories[3]
+  bank = cmt_loss.Bank(memories, jnp.arange(5, dtype=jnp.int32))
+  out = cmt_loss.aggregate_batch(
+    model, params, question[None], bank, jnp.zeros((1, 5)), jnp.array([3])
+  )[0]
+  found = out - question
+  want = jax.nn.standardize(question, axis=-1)
+  assert float(jnp.abs(found - want).mean()) < 0.2
+  with pytest.raises(ValueError, match="model's width 16"):
+    cmt_params.init(
+      model_of(aligned_start=True), small.params(), rng=jax.random.key(0)
+    )
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"injector": "prefix"}, "injector is 'prefix'; allowed"),
+    ({"keep": 0.0}, "keep is 0.0"),
+    ({"tokens": 0}, "tokens is 0"),
+    ({"alpha": -1.0}, "alpha is -1.0"),
+    ({"memory_aware": "yes"}, "memory_aware is 'yes'"),
+    ({"window": 1}, "window is 1"),
+  ],
+)
+def test_wrong_settings(changes, message):
+  with pytest.raises(ValueError, match=message):
+    dataclasses.replace(Settings(), **changes)
