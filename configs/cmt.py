@@ -30,10 +30,11 @@ def _stage(**values) -> ConfigDict:
       "known": 0,  # a row, on facts that the model knows itself
       "conflicts": 0.0,  # share of rows on people that the model knows
       "hard": 0.5,  # share of pairs of people that share a name part
-      "retrieved": 0,  # documents a question draws on; 0: all
+      "retrieved": 0,  # documents a question draws on, of CMT; 0: all
       "no_aggregate": False,  # its own document's memory, as it is
       "keep": 1.0,  # share of a row's documents with a gradient
       "beta": None,  # weight of the matching loss; None: memory.beta
+      "alpha": None,  # of the objective; None: memory.alpha
     }
   )
   stage.update(values)
@@ -45,8 +46,6 @@ def _memory() -> ConfigDict:
   return ConfigDict(
     {
       "compressor": None,  # lm_lora (CMT), t5 (MAC, MBC)
-      "tokens": 24,  # vectors of a document; MAC, 12 for DistilGPT2
-      "share_question_encoder": None,  # CMT: the paper's figure
       "question_slots": True,  # our choice
       "lora_rank": 32,  # our reading, as the next four
       "lora_alpha": 64.0,
@@ -66,19 +65,15 @@ def _memory() -> ConfigDict:
       "injector_hidden": 768,  # MAC
       "injector_rank": 256,  # of bottleneck
       "prefix_positions": "offset",  # MAC; or zero
-      "alpha": None,  # CMT 0.5, as in context-aware decoding
-      "memory_aware": None,  # CMT train+decode; train, decode, off
-      "beta": None,  # CMT 0.1, our reading, as the next five
       "match": "self",  # the paper's loss; or softmax
       "match_weight": 0.1,  # lambda
       "temperature": 0.1,  # of the softmax
       "match_pool": "mean",
-      "num_codes": None,  # MBC 512
+      "match_norm": "unit",  # or raw_scaled
       "vq_commitment": 0.25,  # MBC, as the next three
       "vq_weight": 1.0,
       "vq_decay": 0.99,
       "vq_threshold": 1e-4,
-      "kv_lora_rank": None,  # MBC 32
       "kv_lora_alpha": 64.0,  # MBC
       "kv_lora_layers": 16,  # the last ones; MBC
       "answer_labels": 24,  # tokens of an answer; MAC
@@ -87,21 +82,53 @@ def _memory() -> ConfigDict:
   )
 
 
+def _of_method() -> ConfigDict:
+  """Fields in which the methods differ; None: what the method has."""
+  return ConfigDict(
+    {
+      "cmt": {
+        "tokens": 24,  # vectors of a document; MAC: 12 for DistilGPT2
+        "share_question_encoder": True,  # the paper's figure
+        "alpha": 0.5,  # as in context-aware decoding; the paper does not say
+        "memory_aware": "train+decode",  # or train, decode, off; our reading
+        "beta": 0.1,  # our reading
+        "score_weight": 0.0,  # of the match in the attention; the paper: none
+        "retrieved": 16,  # documents a question draws on; our reading
+      },
+      "mac": {"tokens": 24, "share_question_encoder": False},
+      "mbc": {
+        "tokens": 24,
+        "share_question_encoder": False,
+        "num_codes": 512,
+        "kv_lora_rank": 32,
+      },
+    }
+  )
+
+
 def _data() -> ConfigDict:
   return ConfigDict(
     {
-      # world, or a file or set of questions with their texts
-      # (jaxmem/data/stream_sets.py): streamingqa, squad, archivalqa.
+      # world, or a file, TFDS or hub set of questions with their texts.
       "source": "world",
-      "name": "squad",  # how a file is read, where source is none of these
-      "train_share": 0.8,  # of a file's articles, for training; the rest asked
+      "set": "squad",  # how its rows are read: squad, streamingqa, archivalqa
+      "train_source": "",  # of the rows that are trained on; empty: the same
+      "train_rows": (),  # (start, stop) of these; empty: all
+      "test_rows": (),  # of those that are asked about
+      "train_share": 0.8,  # of one source's articles are trained on; 1: by rows
+      "full_passage": False,  # archivalqa: whole articles
+      "note": "",  # beside the result, such as "pipeline check"
+      "seed": 0,  # of the stream
       "on_error": "raise",  # or skip, at malformed rows
-      "facts": 4,  # of a document; of the world, as the next seven
+      "facts": 4,  # of a document; of the world, as the next nine
       "scaffold": 0.2,  # share of facts in the scaffold's order
       "register": 0.1,  # share of those that are a register's entries
       "filler": 0.25,  # share of documents with a sentence of prose
       "documents": 500,  # of the stream that is asked about
       "stream_questions": 2,  # on each
+      "hard": 0.5,  # share of its people that share a name part
+      "held_out": 0.25,  # share of questions asked also in held-out words
+      "known": 256,  # questions on facts that the model knows itself
       "changed": 0.1,  # share of documents that change a fact
       "conflicts": 0.1,  # share of documents against known facts
       "document_tokens": 52,  # at most
@@ -118,7 +145,6 @@ def _tiny(config: ConfigDict) -> None:
     {
       "compressor": "lm_lora",  # no T5 knows the world's words
       "output": "linear",
-      "tokens": 4,
       "lora_rank": 16,
       "lora_alpha": 32.0,
       "lora_dropout": 0.0,
@@ -132,9 +158,13 @@ def _tiny(config: ConfigDict) -> None:
       "aligned_start": True,
       "injector": "linear",
       "answer_labels": 3,
-      "match": "softmax",
+      "match": "softmax",  # the paper's loss: configs/cmt_ablations.py
     }
   )  # fmt: skip
+  config.of_method.cmt.update({"tokens": 4, "beta": 0.3, "score_weight": 10.0})
+  config.of_method.mac.tokens = 4
+  # Four codes of 9 bits hold less than a name and four values have, 38.
+  config.of_method.mbc.update({"tokens": 8, "kv_lora_rank": 4})
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -152,8 +182,11 @@ def get_config(arg: str = "") -> ConfigDict:
   config.export = ""  # directory for the trained weights; empty: WORKDIR/memory
   config.export_dtype = "float32"  # or bfloat16
   config.profile = ()  # (start, n): trace these steps
+  # T5s that the compressors start from, with memory.compressor=t5 (MAC, MBC).
+  config.t5 = ConfigDict({"documents": "", "questions": ""})
   config.data = _data()
   config.memory = _memory()
+  config.of_method = _of_method()
   config.stages = ConfigDict()
   config.order = ()
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
@@ -179,7 +212,6 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "every_steps": 500,  # probe during training; 0: never
       "probe_documents": 256,
-      "retrieved": 16,  # our reading of the paper's k; 0: all
       "score": "match",
       "policy": "none",  # of a full bank: fifo, random_prune, ..
       "capacity": 0,  # slots of the bank; 0: the stream's documents
@@ -190,8 +222,14 @@ def get_config(arg: str = "") -> ConfigDict:
   )
   if name == "paper":
     config.order = ("pairs",)
+    # MAC: 32 documents a bank, of which a quarter has a gradient and is asked
+    # about, and 32 questions a step; 50 epochs of 21,000 documents.
     config.stages.pairs = _stage(
-      steps=50_000, rows=32, documents=1, asked=1, questions=1
+      steps=33_000, banks=4, rows=8, asked=1, questions=1, keep=0.25
+    )
+    config.memory.injector = "bottleneck"  # our reading, at 7B
+    config.t5.update(
+      {"documents": "google-t5/t5-large", "questions": "google-t5/t5-base"}
     )
     config.data.update(
       {
@@ -203,17 +241,32 @@ def get_config(arg: str = "") -> ConfigDict:
   _tiny(config)
   config.train.update(
     {
-      "rate": 1e-3, "schedule": "cosine", "end_ratio": 0.05, "b2": 0.98,
+      "rate": 2e-3, "schedule": "cosine", "end_ratio": 0.05, "b2": 0.98,
       "warmup_percent": 2.0, "base_dtype": "float32", "remat": False,
       "steps_per_call": 20, "log_steps": 20,
     }
   )  # fmt: skip
   config.eval.decode = "greedy"
   config.eval.max_new_tokens = 4
-  config.order = ("one", "choose", "big")
-  config.stages.one = _stage(steps=600, retrieved=1)
-  config.stages.choose = _stage(steps=600, retrieved=4)
-  config.stages.big = _stage(steps=1200, retrieved=16, known=1)
+  # From one memory, as it is, to many to choose among.
+  config.order = ("one", "many")
+  config.stages.one = _stage(
+    steps=800, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
+  )
+  config.stages.many = _stage(
+    steps=600, rows=16, asked=2, keep=0.5, known=1, retrieved=16
+  )
+  if name == "smoke":
+    config.model = "nano"
+    config.memory.head_dim = 16
+    for stage in config.stages.values():
+      stage.update({"steps": 4, "rows": 2, "questions": 1})
+    config.stages.many.retrieved = 4
+    config.data.update({"documents": 12, "known": 8})
+    config.train.update({"steps_per_call": 2, "log_steps": 2, "save_steps": 4})
+    config.eval.update(
+      {"every_steps": 4, "probe_documents": 8, "batch_size": 16}
+    )
   return config
 
 

@@ -11,10 +11,10 @@
 Blocks `jaxmem/memory`, composition `methods/cmt.py`, loss `cmt_loss.py`,
 stream and answers `cmt_learner.py`; MAC and MBC are its settings in
 `methods/mac.py` and `methods/mbc.py`. A run trains in the stages of
-`config.order`, writes a stream of unseen people (or of a file's other articles)
-into a bank, and is asked in several ways: from the question's own document, from
-the best 16 and 4 and 1, from all, from random and from wrong ones, and without
-any. `experiments.compare` puts the result beside other methods.
+`config.order`, writes a stream of unseen people (or of a file's other
+articles) into a bank, and is asked in several ways: from the question's own
+document, from the best 16 and 4 and 1, from all, from random and from wrong
+ones, and without any. `experiments.compare` puts it beside other methods.
 
 Writes result.json (percent), correct.json (each question, for paired tests) and
 the trained weights. A restart goes on from the last checkpoint.
@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 from jaxmem import launch
 from jaxmem.data import world
 from jaxmem.data.streams import Stream
+from jaxmem.evaluation import streams
 from jaxmem.methods import (
   cmt,
   cmt_exam,
@@ -62,7 +63,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Train, fill a bank with a stream, ask, write the results."""
   stages = cmt_setup.make_stages(config)
   training = cmt_setup.make_training(config, sum(s.steps for s in stages))
-  stream = cmt_streams.load(config)  # whose faults are found first
+  stream = cmt_streams.load(config, workdir)  # whose faults are found first
   base = cmt_setup.load_base(config)
   exp = Experiment(config, workdir, stop, base, stages)
   params = start(exp)
@@ -96,7 +97,7 @@ def start(exp: Experiment) -> cmt.Params:
     params = cmt_files.load(config.start, base.model, base.weights, base.name)
   else:
     rng = cmt_setup.draw_key(config)
-    params = cmt_params.init(base.model, base.weights, rng=rng)
+    params = cmt_params.init(base.model, base.weights, rng=rng, t5=base.t5)
   return cmt_setup.shard(base, params)
 
 
@@ -105,7 +106,7 @@ def train(
 ) -> cmt_train.Trained | None:
   """Train all stages; None when stopped."""
   config, base = exp.config, exp.base
-  source = cmt_streams.training_source(config, base.tokenizer)
+  source = cmt_streams.training_source(config, base, exp.stages)
   return cmt_train.train(
     base.model,
     base.weights,
@@ -149,13 +150,13 @@ def probes(exp: Experiment, model: cmt.Model) -> list[loop.Event]:
 
 def ask(
   exp: Experiment, stream: Stream, params: cmt.Params
-) -> dict[str, cmt_streams.Result] | None:
+) -> dict[str, streams.Result] | None:
   """Fill a bank with the stream and ask it in every way; None when stopped."""
   config, base, out = exp.config, exp.base, {}
   weights = cmt_learner.Weights(base.weights, params)
   for name, reading in cmt_setup.ladder(config, len(stream.documents)).items():
     learner = cmt_learner.make_learner(
-      name, base.model, weights, reading, base.tokenizer
+      name, base.model, weights, reading, base.tokenizer, asking=base.asking
     )
     found = cmt_streams.score(
       learner, stream, base, rng=cmt_setup.draw_key(config), stop=exp.stop
@@ -171,13 +172,16 @@ def write_results(exp, stream, results, record) -> None:
   if jax.process_index() != 0:
     return
   config = exp.config
-  result = cmt_streams.headline(config, results) | record
+  result = cmt_streams.headline(results) | record
   result |= {"seed": config.seed, "method": config.method}
   result |= {"base": exp.base.name, "documents": len(stream.documents)}
   if stream.note:
     result["note"] = stream.note
-  result["ladder"] = {name: r.scores for name, r in results.items()}
-  correct = {name: r.correct for name, r in results.items()}
+  result["ladder"] = {
+    name: {"scores": found.scores, "costs": found.costs}
+    for name, found in results.items()
+  }
+  correct = {name: cmt_streams.correct(r) for name, r in results.items()}
   (exp.workdir / CORRECT_FILE).write_text(json.dumps(correct))
   text = json.dumps(result, indent=2) + "\n"
   (exp.workdir / RESULT_FILE).write_text(text)

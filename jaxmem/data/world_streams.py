@@ -9,79 +9,16 @@ Source: our choice; small-scale protocol for the streams of MAC and CMT.
 """
 
 import itertools
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from jaxmem.data import words, world_sets
+from jaxmem.data import words, world_drafts, world_sets
 from jaxmem.data import world as w
 from jaxmem.data.stream_sets import Pair
 from jaxmem.data.streams import Document, Question, Stream
+from jaxmem.data.world_drafts import PARTS, Draft, Fact, Wording
 
-PARTS = ("train", "tune", "test")
-TUNED = 4  # one in so many people of test is in part "tune"
-SCAFFOLD, ASKED = 0, (0, 1)  # templates: of statements, of questions
-_FIRST = {name: i for i, name in enumerate(words.FIRST_NAMES)}
-_LAST = {name: i for i, name in enumerate(words.LAST_NAMES)}
-
-
-class Fact(NamedTuple):
-  """One statement, and the value that held before it."""
-
-  relation: words.Relation
-  value: str
-  outdated: str = ""
-
-
-class _Draft(NamedTuple):
-  """A document before it is written."""
-
-  person: str
-  facts: tuple[Fact, ...]
-  kind: str = "new"
-  changed: str = ""  # noun of the fact that a later document changes
-
-
-class _Wording(NamedTuple):
-  scaffold: float | int
-  filler: float | int
-  statements: tuple[int, ...]
-
-
-def people(part: str) -> np.ndarray:
-  """List the people of a part as name indices `[P, 2]`.
-
-  "train" are those of method training; those of test are split in two, so that
-  rates can be tuned on people ("tune") whom the reported stream does not have.
-
-  Raises:
-    ValueError: unknown part.
-  """
-  if part not in PARTS:
-    raise ValueError(f"part is {part!r}; allowed: {', '.join(PARTS)}")
-  _, _, method, test = w.split_people(0)
-  size = len(test) // TUNED
-  return {"train": method, "tune": test[:size], "test": test[size:]}[part]
-
-
-def document_text(
-  person: str,
-  facts: Sequence[tuple[words.Relation, str, int]],
-  filler: str = "",
-) -> str:
-  """Write a document: statements, a sentence of prose if any, a newline.
-
-  Args:
-    person: first and last name.
-    facts: relation, value, and index of the statement's template.
-    filler: a sentence, spelled.
-  """
-  stated = [
-    world_sets.spell(relation.statements[template], person, value)
-    for relation, value, template in facts
-  ]
-  return " ".join([*stated, filler] if filler else stated) + "\n"
+ASKED = (0, 1)  # question templates that training has seen
 
 
 def world_stream(
@@ -119,14 +56,14 @@ def world_stream(
       `statements`. Held out is (3,), with no scaffold.
     filler: share of documents with a sentence of prose.
     hard: share of pairs of people that share a name part.
-    part: of PARTS: whose people. Known people are the same in all.
+    part: of `PARTS`: whose people. Known people are the same in all.
     seed: of all draws. How many are asked does not change the documents.
 
   Raises:
     ValueError: a share outside [0, 1], or more than there are.
   """
-  members = people(part)
-  wording = _Wording(scaffold, filler, statements)
+  members = world_drafts.people(part)
+  wording = Wording(scaffold, filler, statements)
   _check(wording, facts, changed=changed, conflicts=conflicts, hard=hard)
   _check_range("held_out", held_out, 0, 1)
   _check_range("questions", questions, 1, facts)
@@ -139,28 +76,28 @@ def world_stream(
   _check_range("changed documents", num_changed, 0, num_new)
   _check_range("conflicts", num_conflicts, 0, 2 * len(words.FIRST_NAMES))
   rng = np.random.default_rng([seed, PARTS.index(part), 6])
-  everything = world_sets.known_facts(
-    2 * len(words.FIRST_NAMES) * w.NUM_RELATIONS, seed=seed
-  )
+  everything = ()
+  if num_conflicts or known:  # takes a second
+    all_known = 2 * len(words.FIRST_NAMES) * w.NUM_RELATIONS
+    everything = world_sets.known_facts(all_known, seed=seed)
   drafts = [
-    _Draft(name, _draw_facts(rng, name, facts, members))
-    for name in _draw_people(rng, num_new, members, hard)
+    Draft(name, world_drafts.draw_facts(rng, name, facts, members))
+    for name in world_drafts.draw_people(rng, num_new, members, hard)
   ]
-  drafts += _conflicts(rng, num_conflicts, facts, members, everything)
+  drafts += world_drafts.draw_conflicts(
+    rng, num_conflicts, facts, members, everything
+  )
   order = rng.permutation(len(drafts))
-  drafts = _change(rng, [drafts[i] for i in order], num_changed, members)
-  texts = _write(rng, drafts, wording, seed)
+  drafts = world_drafts.add_changes(
+    rng, [drafts[i] for i in order], num_changed, members
+  )
+  texts = world_drafts.write(rng, drafts, wording, seed)
   rng = np.random.default_rng([seed, PARTS.index(part), 7])
   asked = _ask(rng, drafts, questions, held_out)
   asked += _ask_known(drafts, known, everything, len(asked))
   return Stream(
     f"world-{part}",
-    tuple(
-      Document(
-        i, text, d.kind, relations=tuple(f.relation.noun for f in d.facts)
-      )
-      for i, (text, d) in enumerate(zip(texts, drafts, strict=True))
-    ),
+    _documents(drafts, texts),
     tuple(asked),
   )
 
@@ -181,17 +118,20 @@ def world_pairs(
     ValueError: count below 1, or a share outside [0, 1].
   """
   _check_range("count", count, 1, float("inf"))
-  wording = _Wording(scaffold, filler, (0, 1, 2))
+  wording = Wording(scaffold, filler, (0, 1, 2))
   _check(wording, facts)
-  members = people("train")
+  members = world_drafts.people("train")
   rng = np.random.default_rng([seed, 8])
   order = itertools.cycle(rng.permutation(members))
-  names = [_name(pair) for pair in itertools.islice(order, count)]
+  names = [
+    world_drafts.name_of(pair) for pair in itertools.islice(order, count)
+  ]
   drafts = [
-    _Draft(name, _draw_facts(rng, name, facts, members)) for name in names
+    Draft(name, world_drafts.draw_facts(rng, name, facts, members))
+    for name in names
   ]
   pairs = []
-  for i, text in enumerate(_write(rng, drafts, wording, seed)):
+  for i, text in enumerate(world_drafts.write(rng, drafts, wording, seed)):
     fact = drafts[i].facts[rng.integers(facts)]
     template = fact.relation.questions[ASKED[rng.integers(len(ASKED))]]
     question = world_sets.spell(template, drafts[i].person)
@@ -220,7 +160,7 @@ def distractors(
 
   Each is on a person whom the stream does not name and who shares the first or
   the last name with one of its people, and states the relations that are stated
-  of that one.
+  of that one, with other values.
 
   Args:
     stream: of `world_stream`.
@@ -229,39 +169,42 @@ def distractors(
   Raises:
     ValueError: there are fewer such people.
   """
-  wording = _Wording(scaffold, filler, (0, 1, 2))
+  wording = Wording(scaffold, filler, (0, 1, 2))
   _check(wording, 1)
-  members = people(part)
-  free = _grid(members)
+  members = world_drafts.people(part)
+  free = world_drafts.grid(members)
   for document in stream.documents:
-    for pair in _named(document.text):
+    for pair in world_drafts.named(document.text):
       free[pair] = False
   rng = np.random.default_rng([seed, PARTS.index(part), 9])
   own = [d for d in stream.documents if d.kind == "new" and d.relations]
   nouns = {r.noun: r for r in words.RELATIONS}
-  drafts: list[_Draft] = []
+  drafts: list[Draft] = []
   while own and len(drafts) < count:
     left = []
     for index in rng.permutation(len(own)):
-      pair = _namesake(rng, _named(own[index].text)[0], free)
+      subject = world_drafts.named(own[index].text)[0]
+      pair = world_drafts.namesake(rng, subject, free)
       if pair is not None and len(drafts) < count:
         free[pair] = False
         relations = [nouns[noun] for noun in own[index].relations]
-        name = _name(pair)
+        name = world_drafts.name_of(pair)
+        avoid = (name, *own[index].text.replace(".", " ").split())
         stated = [
-          Fact(r, _draw_value(rng, r, members, (name,))) for r in relations
+          Fact(r, world_drafts.draw_value(rng, r, members, avoid))
+          for r in relations
         ]
-        drafts.append(_Draft(name, tuple(stated), "noise"))
+        drafts.append(Draft(name, tuple(stated), "noise"))
         left.append(own[index])
     own = left
   _check_range("distractors", count, 0, len(drafts))
+  return _documents(drafts, world_drafts.write(rng, drafts, wording, seed))
+
+
+def _documents(drafts, texts) -> tuple[Document, ...]:
   return tuple(
-    Document(
-      i, text, "noise", relations=tuple(f.relation.noun for f in d.facts)
-    )
-    for i, (text, d) in enumerate(
-      zip(_write(rng, drafts, wording, seed), drafts, strict=True)
-    )
+    Document(i, text, d.kind, relations=tuple(f.relation.noun for f in d.facts))
+    for i, (text, d) in enumerate(zip(texts, drafts, strict=True))
   )
 
 
@@ -280,125 +223,6 @@ def _check(wording, facts, **shares):
 def _check_range(name, value, low, high):
   if not low <= value <= high:
     raise ValueError(f"{name}: got {value}, allowed are {low} to {high}")
-
-
-# ---- People and values ------------------------------------------------------
-
-
-def _name(pair) -> str:
-  return f"{words.FIRST_NAMES[pair[0]]} {words.LAST_NAMES[pair[1]]}"
-
-
-def _named(text) -> list[tuple[int, int]]:
-  """People whom a text names; the first is the one whom it is on."""
-  parts = text.replace(".", " ").split()
-  pairs = itertools.pairwise(parts)
-  return [(_FIRST[a], _LAST[b]) for a, b in pairs if a in _FIRST and b in _LAST]
-
-
-def _grid(members) -> np.ndarray:
-  """Mark the members in a table of first and last names."""
-  free = np.zeros((len(_FIRST), len(_LAST)), bool)
-  free[members[:, 0], members[:, 1]] = True
-  return free
-
-
-def _namesake(rng, pair, free) -> tuple[int, int] | None:
-  """A free person who shares a name part, or None."""
-  first, last = pair
-  same_first = [(first, int(i)) for i in np.flatnonzero(free[first])]
-  same_last = [(int(i), last) for i in np.flatnonzero(free[:, last])]
-  for found in (same_first, same_last)[:: 1 if rng.random() < 0.5 else -1]:
-    if found:
-      return found[rng.integers(len(found))]
-  return None
-
-
-def _draw_people(rng, count, members, hard) -> list[str]:
-  """Different people; the second of a pair may share a part with the first."""
-  free = _grid(members)
-  order = iter(rng.permutation(members).tolist())
-  taken: list[tuple[int, int]] = []
-  while len(taken) < count:
-    twin = None
-    if len(taken) % 2 and rng.random() < hard:
-      twin = _namesake(rng, taken[-1], free)
-    taken.append(twin or next((a, b) for a, b in order if free[a, b]))
-    free[taken[-1]] = False
-  return [_name(pair) for pair in taken]
-
-
-def _draw_value(rng, relation, members, avoid) -> str:
-  """A value that is none of `avoid`."""
-  while True:
-    if relation.values == "person":
-      value = _name(members[rng.integers(len(members))])
-    else:
-      value = words.VALUE_SETS[relation.values][rng.integers(w.NUM_VALUES)]
-    if value not in avoid:
-      return value
-
-
-def _draw_facts(rng, person, count, members, known=None) -> tuple[Fact, ...]:
-  """Facts of different relations, other than the known ones."""
-  drawn = []
-  for index in rng.permutation(w.NUM_RELATIONS)[:count]:
-    relation = words.RELATIONS[index]
-    before = known[person, relation.noun] if known else ""
-    value = _draw_value(rng, relation, members, (person, before))
-    drawn.append(Fact(relation, value, before))
-  return tuple(drawn)
-
-
-# ---- Documents --------------------------------------------------------------
-
-
-def _conflicts(rng, count, facts, members, everything) -> list[_Draft]:
-  """Documents on known people, in which nothing is as it is known."""
-  known = {(e.subject, e.relation): e.answers[0] for e in everything}
-  subjects = sorted({subject for subject, _ in known})
-  return [
-    _Draft(
-      subjects[i],
-      _draw_facts(rng, subjects[i], facts, members, known),
-      "conflict",
-    )
-    for i in rng.permutation(len(subjects))[:count]
-  ]
-
-
-def _change(rng, drafts, count, members) -> list[_Draft]:
-  """Put a document that changes a fact somewhere after `count` of them."""
-  new = [i for i, draft in enumerate(drafts) if draft.kind == "new"]
-  placed = [((i, 1), draft) for i, draft in enumerate(drafts)]
-  for i in (new[j] for j in rng.permutation(len(new))[:count]):
-    draft = drafts[i]
-    old = draft.facts[rng.integers(len(draft.facts))]
-    value = _draw_value(rng, old.relation, members, (draft.person, old.value))
-    later = _Draft(
-      draft.person, (Fact(old.relation, value, old.value),), "changed"
-    )
-    placed[i] = (placed[i][0], draft._replace(changed=old.relation.noun))
-    # Before the document of that place, so after this one at the earliest.
-    placed.append(((int(rng.integers(i + 1, len(drafts) + 1)), 0), later))
-  placed.sort(key=lambda pair: pair[0])
-  return [draft for _, draft in placed]
-
-
-def _write(rng, drafts, wording, seed) -> list[str]:
-  """The documents' texts; statements in any order."""
-  sentences = world_sets.prose(len(drafts), seed=seed, sentences=1)
-  texts = []
-  for draft, sentence in zip(drafts, sentences, strict=True):
-    stated = []
-    for i in rng.permutation(len(draft.facts)):
-      template = wording.statements[rng.integers(len(wording.statements))]
-      if rng.random() < wording.scaffold:
-        template = SCAFFOLD
-      stated.append((draft.facts[i].relation, draft.facts[i].value, template))
-    filler = sentence if rng.random() < wording.filler else ""
-    texts.append(document_text(draft.person, stated, filler))
-  return texts
 
 
 # ---- Questions --------------------------------------------------------------

@@ -129,6 +129,7 @@ def attend(
   projected: Projected,
   valid: Bool[Array, "M"],
   *,
+  bias: Float[Array, "M"] | None = None,
   chunk: int | None = None,
 ) -> Float[Array, "C D"]:
   """Run all blocks over one question; for several, vmap.
@@ -138,6 +139,8 @@ def attend(
     projected: of `project`.
     valid: False on rows that are not read. Where none is valid a block's
       attention gives its output bias alone, as in MAC without any memory.
+    bias: added to the scores of each row, in every block and head (our
+      choice: it carries how well the row's document matches the question).
     chunk: rows of memory scored at a time, with a running maximum and sum: the
       same result in memory that does not grow with M, backward included. None
       is all at once.
@@ -160,7 +163,7 @@ def attend(
   def block(x, scanned):
     layer, rows = scanned
     query = _heads(_normed(layer["norm_query"], x), layer["query"])
-    found = _read(query, rows, valid, chunk).astype(x.dtype)
+    found = _read(query, rows, valid, bias, chunk).astype(x.dtype)
     kernel = layer["out"]["kernel"].astype(x.dtype)
     x = x + jnp.einsum("CNH,NHD->CD", found, kernel)
     x = x + layer["out"]["bias"].astype(x.dtype)[None]
@@ -178,6 +181,7 @@ def aggregate(
   memories: Float[Array, "P *R D"],
   valid: Bool[Array, "P"],
   *,
+  bias: Float[Array, "P"] | None = None,
   chunk: int | None = None,
 ) -> Float[Array, "C D"]:
   """Let one question read memories: `project` and `attend`.
@@ -186,13 +190,18 @@ def aggregate(
     question, chunk: as in `attend`.
     memories: [P, C, D], or rows [M, D] with `valid` for each row.
     valid: False on documents that are not there.
+    bias: of each document, added to the scores of its vectors.
 
   Raises:
     ValueError: see `project` and `attend`.
   """
   rows = memories.reshape(-1, memories.shape[-1])
-  live = jnp.repeat(valid, math.prod(memories.shape[1:-1]))
-  return attend(params, question, project(params, rows), live, chunk=chunk)
+  often = math.prod(memories.shape[1:-1])
+  live = jnp.repeat(valid, often)
+  bias = None if bias is None else jnp.repeat(bias, often)
+  return attend(
+    params, question, project(params, rows), live, bias=bias, chunk=chunk
+  )
 
 
 def summarise(
@@ -288,20 +297,22 @@ def _check_width(name, rows, params):
     )
 
 
-def _read(query, rows, valid, chunk):
+def _read(query, rows, valid, bias, chunk):
   """Attend from [C, N, H] to rows [M, N, H]: float32, zeros if none is valid.
 
   The running maximum cancels out of the result, so it is a constant of the
   gradient.
   """
   number, scale = valid.shape[0], query.shape[-1] ** -0.5
+  bias = jnp.zeros(number) if bias is None else bias.astype(jnp.float32)
 
   def piece(state, scanned):
-    (key, value), valid = scanned
+    (key, value), valid, bias = scanned
     top, total, out = state
     scores = scale * jnp.einsum(
       "CNH,MNH->CNM", query, key, preferred_element_type=jnp.float32
     )
+    scores = scores + bias[None, None]
     scores = jnp.where(valid[None, None], scores, _LOWEST)
     highest = jnp.maximum(top, scores.max(axis=-1, initial=_LOWEST))
     highest = jax.lax.stop_gradient(highest)
@@ -323,7 +334,7 @@ def _read(query, rows, valid, chunk):
     jnp.zeros(query.shape, jnp.float32),
   )
   if chunk is None or chunk >= number:
-    state, _ = piece(state, (rows, valid))
+    state, _ = piece(state, (rows, valid, bias))
   else:
     pieces = -(-number // chunk)
 
@@ -332,7 +343,7 @@ def _read(query, rows, valid, chunk):
       leaf = jnp.pad(leaf, behind) if behind[0][1] else leaf
       return leaf.reshape(pieces, chunk, *leaf.shape[1:])
 
-    pieced = jax.tree.map(cut, (rows, valid))
+    pieced = jax.tree.map(cut, (rows, valid, bias))
     again = jax.checkpoint(piece, prevent_cse=False)
     state, _ = jax.lax.scan(again, state, pieced)
   _, total, out = state

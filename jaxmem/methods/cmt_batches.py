@@ -13,7 +13,7 @@ from jaxmem.memory import bank
 from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
 
-SCORES = ("match", "oracle", "random", "shuffled")
+SCORES = ("match", "oracle", "random", "shuffled", "none")
 LONG_DOCUMENTS = ("truncate", "chunk", "error")
 
 

@@ -38,19 +38,19 @@ def make_learner(
   reading: Reading,
   tokenizer: Any,
   *,
-  t5_tokenizers: tuple[Any, Any] | None = None,
+  asking: tuple[Any, Any] | None = None,
 ) -> Learner:
   """Make a learner of trained weights; the weights do not move.
 
   Args:
     tokenizer: of the language model.
-    t5_tokenizers: for documents and for questions, with compressor="t5"; None:
-      the language model's.
+    asking: tokenizers of the compressors of documents and questions; None: the
+      language model's.
   """
   readout = None
   if model.settings.decode_alpha:
     readout = make_readout(model)
-  tokenizers = t5_tokenizers or (tokenizer, tokenizer)
+  tokenizers = asking or (tokenizer, tokenizer)
   return Learner(
     name=name,
     encode_documents=functools.partial(
@@ -109,7 +109,7 @@ def adapt(
   state = bank.write(
     state,
     stored,
-    pooled(memories, settings.match_pool),
+    retriever.pooled(memories, settings.match_pool),
     jnp.repeat(batch.ids, pieces),
     jax.vmap(bank.digest)(texts.ids, texts.valid),
     live,
@@ -118,11 +118,6 @@ def adapt(
   )
   tokens = (texts.valid & live[:, None]).sum(dtype=jnp.int32)
   return state, Cost(batch.valid.sum(dtype=jnp.int32), tokens)
-
-
-def pooled(memories: jax.Array, how: str) -> jax.Array:
-  """Return the keys [B, E] that memories [B, C, D] are matched by."""
-  return jax.vmap(lambda vectors: retriever.pooled(vectors, how))(memories)
 
 
 def retrieve(
@@ -139,11 +134,12 @@ def retrieve(
   """
   number = reading.retrieved
   if reading.score == "match":
-    queries = pooled(question, model.settings.match_pool)
+    queries = retriever.pooled(question, model.settings.match_pool)
     return retriever.top_k(queries, state.key, state.valid, number)
   gold = state.doc_id[None] == batch.documents[:, None]
   allowed = state.valid[None] & {
     "oracle": gold, "shuffled": ~gold, "random": jnp.ones_like(gold),
+    "none": jnp.zeros_like(gold),
   }[reading.score]  # fmt: skip
   draws = jax.vmap(
     lambda i: jax.random.uniform(
@@ -166,7 +162,6 @@ def stored_memories(
 
 def aggregate(
   model: cmt.Model,
-  reading: Reading,
   params: cmt.Params,
   state: bank.Bank,
   question: jax.Array,
@@ -174,33 +169,47 @@ def aggregate(
 ) -> jax.Array:
   """Let questions [B, C, D] read what was found, or else the whole bank."""
   settings, weights = model.settings, params["aggregator"]
-  if found is not None and settings.no_aggregate:
-    return stored_memories(params, state, found.index[:, 0])
+  queries = retriever.pooled(question, settings.match_pool)
+  if found is None:
+    memories = stored_memories(params, state)
+    valid = jnp.broadcast_to(state.valid[None], (len(question), len(memories)))
+    scores = queries @ state.key.T
+  else:
+    memories = stored_memories(params, state, found.index)
+    valid = found.valid
+    scores = jnp.einsum("BE,BRE->BR", queries, state.key[found.index])
+  bias = settings.score_weight * scores if settings.score_weight else None
+  if settings.aggregation == "hierarchical":
+    if bias is not None:
+      raise ValueError(
+        "aggregation=hierarchical has no place for the match of each document "
+        "(score_weight): set score_weight to 0, or aggregation to chunked"
+      )
+    return jax.vmap(
+      lambda q, m, v: aggregator.hierarchical(
+        weights, q, m, v, settings.window
+      ),
+      in_axes=(0, None if found is None else 0, 0),
+    )(question, memories, valid)
   chunk = settings.chunk if settings.aggregation == "chunked" else None
   if found is not None:
-    memories = stored_memories(params, state, found.index)
-    if settings.aggregation == "hierarchical":
-      return jax.vmap(
-        lambda q, m, v: aggregator.hierarchical(
-          weights, q, m, v, settings.window
-        )
-      )(question, memories, found.valid)
     return jax.vmap(
-      lambda q, m, v: aggregator.aggregate(weights, q, m, v, chunk=chunk)
-    )(question, memories, found.valid)
-  memories = stored_memories(params, state)
-  if settings.aggregation == "hierarchical":
-    return jax.vmap(
-      lambda q: aggregator.hierarchical(
-        weights, q, memories, state.valid, settings.window
+      lambda q, m, v, b: aggregator.aggregate(
+        weights, q, m, v, bias=b, chunk=chunk
       )
-    )(question)
+    )(question, memories, valid, bias)
   # The bank's keys and values are the same for all questions.
+  tokens = memories.shape[1]
   rows = aggregator.project(weights, memories.reshape(-1, memories.shape[-1]))
-  live = jnp.repeat(state.valid, memories.shape[1])
-  return jax.vmap(
-    lambda q: aggregator.attend(weights, q, rows, live, chunk=chunk)
-  )(question)
+  live = jnp.repeat(state.valid, tokens)
+
+  def one(question, bias):
+    bias = None if bias is None else jnp.repeat(bias, tokens)
+    return aggregator.attend(
+      weights, question, rows, live, bias=bias, chunk=chunk
+    )
+
+  return jax.vmap(one)(question, bias)
 
 
 def answer(
@@ -219,7 +228,7 @@ def answer(
   if reading.retrieved:
     found = retrieve(model, reading, state, question, batch)
     sources = jnp.where(found.valid, state.doc_id[found.index], -1)
-  latents = aggregate(model, reading, params, state, question, found)
+  latents = aggregate(model, params, state, question, found)
   something = state.valid.any() if found is None else found.valid.any(axis=1)
   something = jnp.broadcast_to(something, batch.valid.shape)
   prefix = cmt.to_prefix(model, params, latents)

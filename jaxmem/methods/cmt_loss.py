@@ -276,17 +276,20 @@ def _candidates(memory, vectors, rng):
 def _match(model, question, bank, own):
   """The matching loss [G] and the scores [G, B] of a batch."""
   settings = model.settings
-  queries = retriever.pooled_batch(question, settings.match_pool)
-  keys = retriever.pooled_batch(bank.memories, settings.match_pool)
+  queries = retriever.pooled(question, settings.match_pool)
+  keys = retriever.pooled(bank.memories, settings.match_pool)
   scores = queries @ keys.T
   if settings.match == "softmax":
     loss = retriever.softmax_match(
       queries, keys, own, bank.ids, temperature=settings.temperature
     )
-  else:
-    loss = retriever.self_match(
-      queries, keys, own, bank.ids, weight=settings.match_weight
-    )
+    return loss, scores
+  vectors = None
+  if settings.match_norm == "raw_scaled":
+    vectors = bank.memories.reshape(len(bank.ids), -1)
+  loss = retriever.self_match(
+    queries, keys, own, bank.ids, weight=settings.match_weight, vectors=vectors
+  )
   return loss, scores
 
 
@@ -301,23 +304,26 @@ def aggregate_batch(model, params, question, bank, scores, own):
     return bank.memories[jnp.maximum(own, 0)]
   flat = bank.memories.reshape(-1, bank.memories.shape[-1])
   projected = aggregator.project(params["aggregator"], flat)
+  bias = settings.score_weight * scores
   if not settings.train_retrieved:
     everything = jnp.ones(number * tokens, bool)
     return jax.vmap(
-      lambda q: aggregator.attend(
-        params["aggregator"], q, projected, everything
+      lambda q, b: aggregator.attend(
+        params["aggregator"], q, projected, everything,
+        bias=jnp.repeat(b, tokens) if settings.score_weight else None,
       )
-    )(question)
+    )(question, bias)  # fmt: skip
   chosen = select_in_batch(scores, own, min(settings.train_retrieved, number))
 
-  def one(question, index, valid):
+  def one(question, index, valid, bias):
     place = (index[:, None] * tokens + jnp.arange(tokens)[None]).reshape(-1)
     rows = jax.tree.map(lambda x: x[:, place], projected)
+    bias = jnp.repeat(bias[index], tokens) if settings.score_weight else None
     return aggregator.attend(
-      params["aggregator"], question, rows, jnp.repeat(valid, tokens)
+      params["aggregator"], question, rows, jnp.repeat(valid, tokens), bias=bias
     )
 
-  return jax.vmap(one)(question, chosen.index, chosen.valid)
+  return jax.vmap(one)(question, chosen.index, chosen.valid, bias)
 
 
 def answer_loss(

@@ -16,7 +16,13 @@ from jaxmem.training import optimizer
 _NAMES = ("compressor", "question", "aggregator", "injector", "codes", "lora")
 
 
-def init(model: Model, frozen: Any, *, rng: jax.Array) -> Params:
+def init(
+  model: Model,
+  frozen: Any,
+  *,
+  rng: jax.Array,
+  t5: tuple[Any, Any] | None = None,
+) -> Params:
   """Draw everything that is trained.
 
   The compressor changes nothing of the language model yet, and an injector of
@@ -26,6 +32,8 @@ def init(model: Model, frozen: Any, *, rng: jax.Array) -> Params:
   Args:
     frozen: the language model's weights.
     rng: consumed once.
+    t5: weights of the T5s for documents and questions, with compressor="t5";
+      None draws them.
 
   Raises:
     ValueError: settings that do not fit the model.
@@ -33,12 +41,12 @@ def init(model: Model, frozen: Any, *, rng: jax.Array) -> Params:
   settings, width = model.settings, model.config.hidden_size
   rngs = dict(zip(_NAMES, jax.random.split(rng, len(_NAMES)), strict=True))
   params: Params = {
-    "compressor": _compressor(model, frozen, False, rngs["compressor"]),
+    "compressor": _compressor(model, frozen, 0, t5, rngs["compressor"]),
     "aggregator": _aggregator(settings, width, rngs["aggregator"]),
     "injector": _injector(model, frozen, rngs["injector"]),
   }
   if not settings.share_question_encoder:
-    params["question"] = _compressor(model, frozen, True, rngs["question"])
+    params["question"] = _compressor(model, frozen, 1, t5, rngs["question"])
   elif settings.question_slots and settings.compressor == "lm_lora":
     params["compressor"]["question_slots"] = compressor.init(
       settings.tokens, width, output="none", rng=rngs["question"]
@@ -52,11 +60,12 @@ def init(model: Model, frozen: Any, *, rng: jax.Array) -> Params:
   return params
 
 
-def _compressor(model, frozen, question, rng):
+def _compressor(model, frozen, which, t5, rng):
+  """The compressor of documents (0) or of questions (1)."""
   settings, width = model.settings, model.config.hidden_size
   rng_slots, rng_net, rng_out = jax.random.split(rng, 3)
-  t5 = model.question_t5 if question else model.document_t5
-  inputs = width if settings.compressor == "lm_lora" else t5.hidden_size
+  config = (model.document_t5, model.question_t5)[which]
+  inputs = width if settings.compressor == "lm_lora" else config.hidden_size
   output = "linear" if settings.output == "linear" else "none"
   params = compressor.init(
     settings.tokens, inputs, output=output, rng=rng_slots
@@ -69,7 +78,8 @@ def _compressor(model, frozen, question, rng):
       f"language model's is {width}: set output=mlp"
     )
   if settings.compressor == "t5":
-    params["t5"] = encoder_decoder.init(t5, rng_net)
+    drawn = encoder_decoder.init if t5 is None else lambda *_: t5[which]
+    params["t5"] = drawn(config, rng_net)
   else:
     params["adapters"] = lora.init(
       frozen["layers"],

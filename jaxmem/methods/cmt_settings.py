@@ -8,8 +8,8 @@ OUTPUTS = ("none", "linear", "mlp")
 INJECTORS = ("mac_slots", "bottleneck", "linear")
 MATCHES = ("self", "softmax")
 POOLS = ("mean", "flatten")
+NORMS = ("unit", "raw_scaled")
 AWARE = ("train+decode", "train", "decode", "off")
-SCORES = ("match", "oracle", "random", "shuffled")
 PREFIX_POSITIONS = ("offset", "zero")
 AGGREGATIONS = ("flat", "chunked", "hierarchical")
 
@@ -39,6 +39,10 @@ class Settings:
   heads: int = 8
   head_dim: int = 96
   aligned_start: bool = False  # see `cmt_params.align`
+  # What a document's match with the question, in [-1, 1], adds to the attention
+  # scores of its vectors, times this; 0: nothing (MAC). Our choice: so the
+  # aggregator need not learn anew which document is meant.
+  score_weight: float | int = 0.0
   aggregation: str = "chunked"  # of AGGREGATIONS, when questions are answered
   chunk: int = 1024  # memory vectors at a time
   window: int = 16  # documents of a group, hierarchical (MAC)
@@ -54,6 +58,7 @@ class Settings:
   match_weight: float | int = 0.1  # lambda of the self-matching loss
   temperature: float | int = 0.1  # of the softmax
   match_pool: str = "mean"  # of POOLS
+  match_norm: str = "unit"  # of NORMS: what self-matching takes distances of
   train_retrieved: int = 0  # documents a question draws on in training; 0: all
   no_aggregate: bool = False  # its own document's memory is injected as it is
   keep: float | int = 1.0  # share of documents with a gradient (MAC 3.3)
@@ -78,6 +83,7 @@ class Settings:
       ("memory_aware", AWARE),
       ("match", MATCHES),
       ("match_pool", POOLS),
+      ("match_norm", NORMS),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(

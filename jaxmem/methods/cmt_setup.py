@@ -13,7 +13,8 @@ from jaxmem.methods import cmt, cmt_train, mac, mbc
 from jaxmem.methods.cmt_batches import Reading
 from jaxmem.methods.cmt_settings import Settings
 from jaxmem.methods.remix import check
-from jaxmem.models import decoder
+from jaxmem.models import decoder, huggingface
+from jaxmem.models.encoder_decoder_config import EncoderDecoderConfig
 from jaxmem.models.fingerprint import fingerprint
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import optimizer, parallel
@@ -42,6 +43,10 @@ class Base(NamedTuple):
   mesh: Any
   rules: parallel.Rules
   name: str  # fingerprint of the weights
+  # With compressor="t5", of documents and of questions; else None and twice
+  # the language model's tokenizer.
+  t5: tuple[Any, Any] | None
+  asking: tuple[Any, Any]  # tokenizers of the compressors
 
 
 def make_settings(config: ConfigDict) -> Settings:
@@ -51,8 +56,19 @@ def make_settings(config: ConfigDict) -> Settings:
     ValueError: an unknown method or value.
   """
   check("method", config.method, tuple(METHODS))
+  own = {k: v for k, v in own_settings(config).items() if k != "retrieved"}
   given = {k: v for k, v in config.memory.items() if v is not None}
-  return METHODS[config.method](**given)
+  return METHODS[config.method](**given, **own)
+
+
+def own_settings(config: ConfigDict) -> dict[str, Any]:
+  """Fields in which the config's method differs from the others."""
+  return config.of_method[config.method].to_dict()
+
+
+def retrieved(config: ConfigDict) -> int:
+  """Documents that a question draws on; 0: all, as MAC and MBC do."""
+  return own_settings(config).get("retrieved", 0)
 
 
 def make_stages(config: ConfigDict) -> tuple[cmt_train.Stage, ...]:
@@ -76,13 +92,12 @@ def _stage(config, name) -> cmt_train.Stage:
   for key in ("steps", "banks", "rows", "documents", "asked", "questions"):
     if stage[key] < 1:
       raise ValueError(f"stages.{name}.{key} is {stage[key]}; at least 1")
-  changes = {
-    "train_retrieved": stage.retrieved,
-    "no_aggregate": stage.no_aggregate,
-    "keep": stage.keep,
-  }
-  if stage.beta is not None:
-    changes["beta"] = stage.beta
+  changes = {"no_aggregate": stage.no_aggregate, "keep": stage.keep}
+  if config.method == "cmt":  # the others have none of these
+    changes["train_retrieved"] = stage.retrieved
+    for key in ("alpha", "beta"):
+      if stage[key] is not None:
+        changes[key] = stage[key]
   shape = memory_rows.Shape(
     **{
       key: stage[key]
@@ -137,12 +152,6 @@ def load_base(config: ConfigDict) -> Base:
   """
   settings = make_settings(config)
   check("train.base_dtype", config.train.base_dtype, tuple(DTYPES))
-  if settings.compressor == "t5":
-    raise ValueError(
-      "memory.compressor=t5 needs the T5s of a released state dict or a "
-      "directory of T5 weights, which this experiment does not read yet; use "
-      "lm_lora, or build the model with methods/mac_files.py"
-    )
   found = base_model.load(
     config.model, config.mesh, dtype=DTYPES[config.train.base_dtype]
   )
@@ -152,11 +161,41 @@ def load_base(config: ConfigDict) -> Base:
     constrain=parallel.make_constrain(found.mesh),
     remat=config.train.remat,
   )
-  rules = decoder.partition_rules() + parallel.REPLICATE
+  t5, asking = None, (found.tokenizer, found.tokenizer)
+  if settings.compressor == "t5":
+    configs, t5, asking = _load_t5(config)
+    model = model._replace(document_t5=configs[0], question_t5=configs[1])
   return Base(
-    model, found.weights, found.tokenizer, found.mesh, rules,
-    fingerprint(found.weights),
-  )  # fmt: skip
+    model=model,
+    weights=found.weights,
+    tokenizer=found.tokenizer,
+    mesh=found.mesh,
+    rules=decoder.partition_rules() + parallel.REPLICATE,
+    name=fingerprint(found.weights),
+    t5=t5,
+    asking=asking,
+  )
+
+
+def _load_t5(config):
+  """Configs, weights and tokenizers of the T5s that MAC starts from."""
+  configs, weights, tokenizers = [], [], []
+  for name in ("documents", "questions"):
+    path = config.t5[name]
+    if not path:
+      raise ValueError(
+        f"memory.compressor is t5: give config.t5.{name}, a T5's directory or "
+        "hub id, or set memory.compressor=lm_lora"
+      )
+    found, params = huggingface.load(path, dtype=jnp.float32)
+    if not isinstance(found, EncoderDecoderConfig):
+      raise ValueError(
+        f"config.t5.{name}={path} is no T5: give a directory or hub id of one"
+      )
+    configs.append(found)
+    weights.append(params)
+    tokenizers.append(huggingface.load_tokenizer(path))
+  return configs, tuple(weights), tuple(tokenizers)
 
 
 def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
@@ -177,7 +216,7 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
   given = {
     "capacity": asked.capacity or documents,
     "decode": decode,
-    "retrieved": asked.retrieved,
+    "retrieved": min(retrieved(config), documents),
     "score": asked.score,
     "policy": asked.policy,
     "batch_size": asked.batch_size,
@@ -185,8 +224,6 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
     "long_documents": data.long_documents,
     "chat": data.chat,
   }
-  if config.method in ("mac", "mbc"):  # they read the whole bank
-    given["retrieved"] = 0
   return Reading(**(given | changes))
 
 
@@ -202,6 +239,7 @@ def ladder(config: ConfigDict, documents: int) -> dict[str, Reading]:
     "all": {"retrieved": 0},
     f"random {many}": {"retrieved": many, "score": "random"},
     "shuffled": {"retrieved": 1, "score": "shuffled"},
+    "no memory": {"retrieved": 1, "score": "none"},
   }
   same = {"score": "match"}
   return {

@@ -1,8 +1,8 @@
-"""MAC's and MBC's published parameters, to and from safetensors files.
+"""MAC's published parameters, to and from a safetensors file.
 
-MAC's tree, {"compressor", "question", "aggregator", "injector"}, where the
-first two are {"t5", "slots" [C, E], "out"} with "out" of `memory.slots`, is the
-state dict of its code (jihoontack/MAC) without the language model:
+Our tree, {"compressor", "question", "aggregator", "injector"}, where the first
+two are {"t5", "slots" [C, E], "mlp"} with "mlp" of `memory.slots`, is the state
+dict of its code (jihoontack/MAC) without the language model:
 
   enc_decoder.*                               the documents' T5, without a head
   enc_decoder.learnable_prompts [1, C, E]     its slots
@@ -11,38 +11,30 @@ state dict of its code (jihoontack/MAC) without the language model:
   aggregator.cross_attention_list.{block}.*   the aggregator
   token_SA.mlp_layers.{s}.*                   mac_slots, s = 2 L p + 2 l + c
 
-MBC (Thomkat/MBC) has these too, and beside them vq.embedding.weight with
-vq.ema_cluster_size, and an adapter of the language model's keys and values,
-base_lm.{projection}.lora_A.weight and lora_B.weight of some layers: there GPT-2
-has one A for keys and values, and queries are left alone. In training that code
-drops entries between A and B, ours of A's input.
-
-torch pickles (.pt), which is how both are published, can run code and are never
-read: load them where you trust them, leave out names under base_lm, and write
-the rest with safetensors.torch.save_file.
+MBC (Thomkat/MBC) has these too; what it adds is in `mbc_files`. Its code and
+MAC's publish torch pickles (.pt), which can run code when they are opened and
+are never read: load them where you trust them, leave out the names under
+base_lm, and write the rest with safetensors.torch.save_file.
 """
 
-import functools
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Float
 from safetensors.numpy import save_file
 
-from jaxmem.memory import aggregator, injector, quantizer, slots
-from jaxmem.models import adapters as adapter_files
+from jaxmem.memory import aggregator, injector, slots
 from jaxmem.models import checkpoint_names, huggingface, tensor_files
 from jaxmem.models.config import ModelConfig
 from jaxmem.models.encoder_decoder_config import EncoderDecoderConfig
 
-_Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, tuple[int, ...]]
 T5 = {"compressor": "enc_decoder.", "question": "aggregator.question_encoder."}
 _PROMPTS = "learnable_prompts"
 _TOKEN_NETWORK = {
@@ -82,8 +74,8 @@ _SLOT = {
 }
 # Our path, their list, their names in each entry, our axes that it counts.
 _STACKS = (
-  ("compressor/out", "mlps", _TOKEN_NETWORK, 1),
-  ("question/out", "aggregator.mlps", _TOKEN_NETWORK, 1),
+  ("compressor/mlp", "mlps", _TOKEN_NETWORK, 1),
+  ("question/mlp", "aggregator.mlps", _TOKEN_NETWORK, 1),
   ("aggregator", "aggregator.cross_attention_list", _BLOCK, 1),
   ("injector", "token_SA.mlp_layers", _SLOT, 3),
 )
@@ -126,9 +118,10 @@ def read(
     flat |= _flat({part: {"t5": t5}})
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   tree = _check(file, shapes, model, (documents, questions), heads)
-  values = {name: _whole(file, name, x) for name, x in tensors.items()}
+  values = {name: whole(x) for name, x in tensors.items()}
   for path, leaf in _flat(tree).items():
-    rows = [_to_ours(path, values[name]) for name in _names(path, leaf.shape)]
+    rows = [values[name] for name in _names(path, leaf.shape)]
+    rows = [row.T for row in rows] if path.endswith("kernel") else rows
     flat[path] = jnp.asarray(np.stack(rows).reshape(leaf.shape))
   return traverse_util.unflatten_dict(flat, sep="/")
 
@@ -141,7 +134,7 @@ def write(
   questions: EncoderDecoderConfig,
 ) -> None:
   """Write MAC's tree as its code names it; see `to_released`."""
-  _save(file, to_released(params, model, documents, questions))
+  save(file, to_released(params, model, documents, questions))
 
 
 def to_released(
@@ -159,168 +152,181 @@ def to_released(
   """
   out, flat = {}, _flat(params)
   for part, config in (("compressor", documents), ("question", questions)):
-    table = {
-      "/".join((part, "t5", *path)): leaf
-      for path, leaf in checkpoint_names.leaves(config).items()
-    }
     own = {p: flat.pop(p) for p in list(flat) if p.startswith(f"{part}/t5/")}
-    given = {path: np.shape(x) for path, x in own.items()}
-    _compare("params", given, {path: leaf.shape for path, leaf in table.items()})
-    for path, leaf in table.items():
-      rows = np.asarray(own[path])
-      for name, row in zip(
-        leaf.names, rows if leaf.stacked else [rows], strict=True
-      ):
-        out[T5[part] + name] = row.T if leaf.transposed else row
-    for copy, name in checkpoint_names.copies(config).items():
-      if copy.endswith("embed_tokens.weight"):
-        out[T5[part] + copy] = out[T5[part] + name]
-  heads = np.shape(flat.get("aggregator/query/kernel", np.zeros((1,) * 4)))[-2]
+    out |= _t5_to_released(part, config, own)
+  own = {}
   for path, leaf in flat.items():
-    leaf = np.asarray(leaf)
-    names = _names(path, leaf.shape)
-    entries = leaf.reshape(len(names), *leaf.shape[_counted(path) :])
+    names, shape = _names(path, np.shape(leaf)), _stored_shape(path, leaf.shape)
+    entries = np.asarray(leaf).reshape(len(names), -1)
     for name, entry in zip(names, entries, strict=True):
-      out[name] = _to_theirs(path, entry)
-  own = {n: x.shape for n, x in out.items() if not _of_t5(n)}
-  _check("params", own, model, (documents, questions), heads)
+      kernel = path.endswith("kernel")
+      own[name] = (
+        entry.reshape(shape[::-1]).T if kernel else entry.reshape(shape)
+      )
+  query = np.shape(flat.get("aggregator/query/kernel", 0))
+  heads = query[2] if len(query) == 4 else 1
+  shapes = {name: x.shape for name, x in own.items()}
+  tree = _check("params", shapes, model, (documents, questions), heads)
+  wanted = {path: leaf.shape for path, leaf in _flat(tree).items()}
+  compare("params", {path: np.shape(x) for path, x in flat.items()}, wanted)
+  return out | own
+
+
+def _t5_to_released(part, config, own):
+  """One T5's leaves, by path, under their names."""
+  table = {
+    "/".join((part, "t5", *path)): leaf
+    for path, leaf in checkpoint_names.leaves(config).items()
+  }
+  given = {path: np.shape(x) for path, x in own.items()}
+  compare("params", given, {path: leaf.shape for path, leaf in table.items()})
+  out = {}
+  for path, leaf in table.items():
+    rows = np.asarray(own[path])
+    rows = rows if leaf.stacked else rows[None]
+    for name, row in zip(leaf.names, rows, strict=True):
+      out[T5[part] + name] = row.T if leaf.transposed else row
+  for copy, name in checkpoint_names.copies(config).items():
+    if copy.endswith("embed_tokens.weight"):
+      out[T5[part] + copy] = out[T5[part] + name]
   return out
 
 
-def read_quantizer(
-  file: str | pathlib.Path,
-) -> tuple[Float[Array, "V D"], quantizer.Usage]:
-  """Read MBC's codebook and its usage.
-
-  Raises:
-    ValueError: as `read`.
-  """
-  file = pathlib.Path(file)
-  tensors = tensor_files.open_file(file)
-  shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  number, width = (*shapes.get("vq.embedding.weight", ()), 0, 0)[:2]
-  _compare(file, shapes, _vq_shapes(number, width))
-  values = {name: _whole(file, name, x) for name, x in tensors.items()}
-  codebook = jnp.asarray(values["vq.embedding.weight"])
-  return codebook, quantizer.Usage(jnp.asarray(values["vq.ema_cluster_size"]))
+def _flat(tree):
+  return traverse_util.flatten_dict(tree, sep="/")
 
 
-def write_quantizer(
-  file: str | pathlib.Path,
-  codebook: Float[Array, "V D"],
-  usage: quantizer.Usage,
-) -> None:
-  """Write a codebook and its usage as MBC's code names them."""
-  tensors = {"vq.embedding.weight": codebook, "vq.ema_cluster_size": usage.ema}
-  held = {name: np.asarray(x) for name, x in tensors.items()}
-  _compare(file, {n: x.shape for n, x in held.items()}, _vq_shapes(*codebook.shape))
-  _save(file, held)
+def _stack(path):
+  """The entry of _STACKS that a path belongs to, and the path within it."""
+  for stack in _STACKS:
+    if path.startswith(stack[0] + "/"):
+      return stack, path.removeprefix(stack[0] + "/")
+  return None, path
 
 
-def kv_masks(
-  model: ModelConfig, adapted: Sequence[int]
-) -> dict[str, dict[str, Float[Array, "L n O"]]]:
-  """Return the masks of an adapter of keys and values in some layers alone.
-
-  Put them as "mask" beside the other leaves of such an adapter, n = 1.
-
-  Args:
-    adapted: numbers of the layers.
-
-  Raises:
-    ValueError: a layer that the model does not have.
-  """
-  if not set(adapted) <= set(range(model.num_layers)):
+def _names(path, shape):
+  """Their names of a leaf of that shape, in the order of its entries."""
+  for part, prefix in T5.items():
+    if path == f"{part}/slots":
+      return [prefix + _PROMPTS]
+  stack, inner = _stack(path)
+  if stack is None or inner not in stack[2]:
     raise ValueError(
-      f"layers {sorted(adapted)} are not all of 0..{model.num_layers - 1}"
+      f"params has {path} {list(shape)}, which is no part of MAC's; it has "
+      "compressor, question, aggregator and injector (mac_slots)"
     )
-  live = np.isin(np.arange(model.num_layers), list(adapted))
-  out: dict[str, dict[str, Any]] = {}
-  for (group, name), (module, first) in _projections(model).items():
-    mask = np.zeros((model.num_layers, 1, module.out), np.float32)
-    mask[live, :, first:] = 1
-    out.setdefault(group, {})[name] = jnp.asarray(mask)
-  return out
+  number = math.prod(shape[: stack[3]])
+  return [f"{stack[1]}.{i}.{stack[2][inner]}" for i in range(number)]
 
 
-def read_kv_lora(
-  file: str | pathlib.Path, model: ModelConfig, *, alpha: float | int
-) -> dict[str, Any]:
-  """Read MBC's adapter of keys and values, for `decoder.apply`.
+def _stored_shape(path, shape):
+  """Shape of each of a leaf's tensors in the file."""
+  stack, inner = _stack(path)
+  if stack is None:
+    return (1, *shape)
+  entry = shape[stack[3] :]
+  if not inner.endswith("kernel"):
+    return (math.prod(entry),)
+  inputs = math.prod(entry[:-1] if inner == "out/kernel" else entry[:1])
+  return (math.prod(entry) // max(1, inputs), inputs)
 
-  Args:
-    alpha: the change is scaled by alpha / rank; the file does not say it.
 
-  Returns: {group: {name: leaves}} as in `adapters.lora`, float32, n = 1, with
-    masks; zeros in layers that are not adapted.
-
-  Raises:
-    ValueError: as `read`, or layers that are not adapted in all projections.
-  """
-  file = pathlib.Path(file)
-  tensors = tensor_files.open_file(file)
-  shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  wanted, adapted = {}, []
-  rank = next((s[0] for n, s in shapes.items() if n.endswith("lora_A.weight")), 1)
-  for number in range(model.num_layers):
-    here = _lora_shapes(model, number, rank)
-    if here.keys() & shapes.keys():
-      wanted |= here
-      adapted.append(number)
-  _compare(file, shapes, wanted or _lora_shapes(model, 0, rank))
-  tree: dict[str, Any] = {}
-  masks = kv_masks(model, adapted)
-  for (group, name), (module, first) in _projections(model).items():
-    down = np.zeros((model.num_layers, 1, module.width, rank), np.float32)
-    up = np.zeros((model.num_layers, 1, rank, module.out), np.float32)
-    for number in adapted:
-      a, b = (_lora_name(module, number, kind) for kind in "AB")
-      down[number, 0] = _whole(file, a, tensors[a]).T
-      up[number, 0, :, first:] = _whole(file, b, tensors[b]).T
-    tree.setdefault(group, {})[name] = {
-      "lora_A": jnp.asarray(down),
-      "lora_B": jnp.asarray(up),
-      "scale": jnp.full((model.num_layers, 1), alpha / rank, jnp.float32),
-      "mask": masks[group][name],
-    }
+def _check(where, shapes, model, t5s, heads):
+  """Return the abstract tree that tensors fill, the T5s aside, or raise."""
+  tree = jax.eval_shape(lambda: _drawn(shapes, model, t5s, heads))
+  wanted = {
+    name: _stored_shape(path, leaf.shape)
+    for path, leaf in _flat(tree).items()
+    for name in _names(path, leaf.shape)
+  }
+  compare(where, shapes, wanted)
   return tree
 
 
-def write_kv_lora(
-  file: str | pathlib.Path, model: ModelConfig, adapters: Mapping[str, Any]
-) -> None:
-  """Write an adapter of keys and values as MBC's code names it.
+def _drawn(shapes, model, t5s, heads):
+  """Parameters of the sizes that tensors have; 1 where one is missing."""
 
-  Raises:
-    ValueError: see `kv_lora_to_released`.
+  def size(name, axis):
+    return max(1, (*shapes.get(name, ()), 1, 1)[axis])
+
+  def listed(name):
+    found = (re.match(rf"{re.escape(name)}\.(\d+)\.", key) for key in shapes)
+    return max(1, len({match[1] for match in found if match}))
+
+  tokens, width = size(T5["compressor"] + _PROMPTS, 1), model.hidden_size
+  blocks, networks = _STACKS[2][1], _STACKS[3][1]
+  inner = size(f"{blocks}.0.attn.to_q.weight", 0)
+  rng, tree = jax.random.key(0), {}
+  for part, config in zip(T5, t5s, strict=True):
+    tree[part] = {
+      "slots": jnp.zeros((tokens, config.hidden_size)),
+      "mlp": slots.init(tokens, config.hidden_size, width, rng=rng),
+    }
+  tree["aggregator"] = aggregator.init(
+    width,
+    blocks=listed(blocks),
+    heads=heads,
+    head_dim=max(1, inner // heads),
+    hidden=size(f"{blocks}.0.mlp.net.0.weight", 0),
+    rng=rng,
+  )
+  tree["injector"] = injector.init(
+    "mac_slots",
+    width=width,
+    tokens=tokens,
+    layers=model.num_layers,
+    kv_heads=model.num_kv_heads,
+    head_dim=model.head_dim,
+    prefix_len=-(-listed(networks) // (2 * model.num_layers)),
+    hidden=size(f"{networks}.0.net.1.weight", 0),
+    rng=rng,
+  )
+  return tree
+
+
+def compare(where: str | pathlib.Path, shapes: Shapes, wanted: Shapes) -> None:
+  """Raise ValueError unless names and shapes are the wanted ones.
+
+  The error lists what is missing, unknown and misshapen.
   """
-  _save(file, kv_lora_to_released(model, adapters, adapters))
-
-
-def kv_lora_to_released(
-  model: ModelConfig, tree: Mapping[str, Any], adapters: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-  """Name and lay out an adapter (or a gradient like it) as MBC's code does.
-
-  Args:
-    tree: what is laid out.
-    adapters: whose masks say which layers are adapted.
-
-  Raises:
-    ValueError: other projections than those of keys and values.
-  """
-  own = {(group, name) for group in adapters for name in adapters[group]}
-  projections = _projections(model)
-  if own != set(projections):
+  problems = {
+    "missing": [f"{n} {list(wanted[n])}" for n in wanted if n not in shapes],
+    "unknown": [f"{n} {list(shapes[n])}" for n in shapes if n not in wanted],
+    "misshapen": [
+      f"{name} {list(shape)}, expected {list(wanted[name])}"
+      for name, shape in shapes.items()
+      if name in wanted and tuple(shape) != tuple(wanted[name])
+    ],
+  }
+  listed = "".join(
+    f"\n{kind} ({len(entries)}):\n  " + "\n  ".join(entries)
+    for kind, entries in problems.items()
+    if entries
+  )
+  if listed:
     raise ValueError(
-      f"the adapter has {sorted(own)}; MBC's has {sorted(projections)}"
+      f"{where} does not fit this model's sizes; give the configs that it "
+      f"belongs to{listed}"
     )
-  out = {}
-  for (group, name), (module, first) in projections.items():
-    leaves = {k: np.asarray(x) for k, x in tree[group][name].items()}
-    mask = np.asarray(adapters[group][name]["mask"])
-    for number in np.flatnonzero(mask.any(axis=(1, 2))):
-      a, b = (_lora_name(module, int(number), kind) for kind in "AB")
-      out[a] = leaves["lora_A"][number, 0].T
-      out[b] = leaves["lora_B"][number, 0, :, first:].T
+
+
+def whole(tensor: tensor_files.Tensor) -> np.ndarray:
+  """Read a whole tensor, float32.
+
+  Raises:
+    ValueError: a tensor that is not of floats.
+  """
+  if tensor.dtype not in tensor_files.DTYPES:
+    raise ValueError(
+      f"{tensor.file} holds {tensor.dtype} {list(tensor.shape)} where it "
+      f"should be {', '.join(tensor_files.DTYPES)}; convert it"
+    )
+  out = np.empty(tensor.shape, np.float32)
+  tensor_files.read_into(out, tensor, [(0, size) for size in tensor.shape])
   return out
+
+
+def save(file: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+  """Write tensors, float32, to a safetensors file."""
+  held = {k: np.ascontiguousarray(x, np.float32) for k, x in tensors.items()}
+  save_file(held, file, metadata={"format": "pt"})

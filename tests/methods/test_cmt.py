@@ -260,9 +260,10 @@ def test_aligned_start_looks_up_by_likeness():
   out = cmt_loss.aggregate_batch(
     model, params, question[None], bank, jnp.zeros((1, 5)), jnp.array([3])
   )[0]
-  found = out - question
-  want = jax.nn.standardize(question, axis=-1)
-  assert float(jnp.abs(found - want).mean()) < 0.2
+  found = (out - question).reshape(-1)
+  likeness = memories.reshape(5, -1) @ found
+  assert int(jnp.argmax(likeness)) == 3
+  assert float(likeness[3] / jnp.sort(likeness)[-2]) > 2
   with pytest.raises(ValueError, match="model's width 16"):
     cmt_params.init(
       model_of(aligned_start=True), small.params(), rng=jax.random.key(0)

@@ -1,0 +1,163 @@
+"""What a CMT run trains on and is asked: the world, or files of questions."""
+
+import logging
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxmem.data import pair_rows, stream_sets, world, world_streams
+from jaxmem.data.streams import Stream
+from jaxmem.evaluation import streams
+from jaxmem.methods import cmt_train
+from jaxmem.methods.cmt_batches import prompt_text
+from jaxmem.methods.cmt_setup import Base
+from jaxmem.training.learners import compile_learner
+
+WORLD = "world"
+SETS = ("squad", "streamingqa", "archivalqa")  # how a source's rows are read
+IDS_FILE = "stream_ids.json"
+# Of a run's ladder, in percent: what goes to the top of result.json.
+HEADLINE = {
+  "own": ("own memory", "all", "em"),
+  "top": ("top-16", "all", "em"),
+  "recall": ("top-16", "all", "recall@16"),
+  "shuffled": ("shuffled", "all", "em"),
+  "known": ("top-16", "known", "em"),
+  "known_alone": ("no memory", "known", "em"),
+  "closed_book": ("no memory", "all", "em"),
+}
+_log = logging.getLogger(__name__)
+
+
+def load(config: ConfigDict, workdir: pathlib.Path) -> Stream:
+  """Make the stream that a run is asked about; ids of a set's rows are written.
+
+  Raises:
+    ValueError: an unknown or missing source, or see `stream_sets.load`.
+  """
+  data = config.data
+  if data.source == WORLD:
+    return world_streams.world_stream(
+      data.documents,
+      facts=data.facts,
+      questions=data.stream_questions,
+      changed=data.changed,
+      conflicts=data.conflicts,
+      held_out=data.held_out,
+      known=data.known,
+      scaffold=data.scaffold,
+      filler=data.filler,
+      hard=data.hard,
+      seed=data.seed,
+    )
+  _check_set(data)
+  stream = stream_sets.load(
+    data.set,
+    data.source,
+    documents=data.documents or None,
+    seed=data.seed,
+    rows=tuple(data.test_rows) or None,
+    articles=(data.train_share, 1.0) if data.train_share < 1 else None,
+    full_passage=data.full_passage,
+    on_error=data.on_error,
+    note=data.note,
+  )
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    stream_sets.write_ids(workdir / IDS_FILE, stream)
+  return stream
+
+
+def _check_set(data) -> None:
+  if data.set not in SETS:
+    raise ValueError(
+      f"data.set is {data.set!r}; with data.source={data.source} give how its "
+      f"rows are read: {', '.join(SETS)}"
+    )
+
+
+def training_source(
+  config: ConfigDict, base: Base, stages: Sequence[cmt_train.Stage]
+) -> cmt_train.Source:
+  """Make what training rows come from.
+
+  Raises:
+    ValueError: see `stream_sets.load_pairs` and `pair_rows`.
+  """
+  data = config.data
+  if data.source == WORLD:
+    return cmt_train.world_source(world.make_world(), config.seed)
+  _check_set(data)
+  pairs = stream_sets.load_pairs(
+    data.set,
+    data.train_source or data.source,
+    rows=tuple(data.train_rows) or None,
+    articles=(0.0, data.train_share) if data.train_share < 1 else None,
+    full_passage=data.full_passage,
+    on_error=data.on_error,
+  )
+  if base.asking[0] is not base.asking[1] and (
+    base.asking[0].get_vocab() != base.asking[1].get_vocab()
+  ):
+    raise ValueError(
+      "config.t5.documents and config.t5.questions have different tokenizers; "
+      "give T5s with the same vocabulary"
+    )
+  encoded = pair_rows.encode(
+    pairs,
+    stages[0].shape,
+    asking=base.asking[0],
+    tokenizer=base.tokenizer,
+    prompt=lambda question: prompt_text(question, data.chat),
+  )
+  for stage in stages:  # what would fail in mid-run fails now
+    pair_rows.batch(encoded, stage.shape, stage.banks * stage.rows, 0, 0)
+  _log.info(
+    "%d pairs on %d documents to train on", len(pairs), len(encoded.documents)
+  )
+
+  def batch_at(stage, step):
+    return pair_rows.batch(
+      encoded, stage.shape, stage.banks * stage.rows, step, config.seed
+    )
+
+  return cmt_train.Source(batch_at, lambda stage, batch: batch)
+
+
+def score(
+  learner: streams.Learner,
+  stream: Stream,
+  base: Base,
+  *,
+  rng: jax.Array,
+  stop: Callable[[int], bool],
+) -> streams.Result | None:
+  """Read the stream and ask all of its questions; None when stopped."""
+  hooks = streams.Hooks(
+    decode=lambda ids: base.tokenizer.decode(ids, skip_special_tokens=True),
+    stop=stop,
+  )
+  return streams.run(
+    compile_learner(learner, base.mesh), stream, rng=rng, hooks=hooks
+  )
+
+
+def headline(results: Mapping[str, streams.Result]) -> dict[str, float]:
+  """The numbers of a run, in percent; of what was not asked there is none."""
+  out = {}
+  for name, (rung, group, score) in HEADLINE.items():
+    found = results[rung].scores if rung in results else {}
+    if score in found.get(group, {}):
+      out[name] = found[group][score]
+  return out
+
+
+def correct(result: streams.Result) -> dict[str, list[Any]]:
+  """Each question's id and whether it was right, for paired tests."""
+  return {
+    "id": [line["id"] for line in result.answers],
+    "em": [bool(line["em"]) for line in result.answers],
+  }

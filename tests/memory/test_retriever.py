@@ -1,0 +1,264 @@
+"""Retrieval: keys, scores, top-k against a full sort, two losses by equation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jaxmem.memory import retriever
+
+B, M, E, C, D = 3, 64, 8, 2, 4
+
+
+def _draw(seed, *shape):
+  drawn = np.random.default_rng(seed).normal(size=shape)
+  return jnp.asarray(drawn, jnp.float32)
+
+
+QUERY, KEYS = _draw(0, B, E), _draw(1, M, E)
+VALID = jnp.arange(M) % 3 > 0
+TOP = jax.jit(
+  retriever.top_k, static_argnames=("k", "block"), donate_argnums=()
+)
+
+
+def _sorted(query, keys, valid, k):
+  """Slots by score, the valid ones, in float64."""
+  scores = np.asarray(query, np.float64) @ np.asarray(keys, np.float64).T
+  scores = np.where(valid[None], scores, -np.inf)
+  return np.argsort(-scores, axis=1, kind="stable")[:, :k], scores
+
+
+def _is(found, query, keys, valid, k):
+  live = min(k, int(valid.sum()))
+  index, scores = _sorted(query, keys, valid, k)
+  assert found.index.shape == found.values.shape == (query.shape[0], k)
+  np.testing.assert_array_equal(found.index[:, :live], index[:, :live])
+  want = np.take_along_axis(scores, index, axis=1)
+  np.testing.assert_allclose(found.values, want, rtol=1e-5)
+  assert found.valid[:, :live].all() and not found.valid[:, live:].any()
+  assert (found.index[:, live:] == 0).all()
+
+
+@pytest.mark.parametrize(
+  "k, block",
+  # One block; groups of 16; a last block that begins earlier; groups of one;
+  # more than a block; all; more than are valid.
+  [(3, None), (2, 32), (3, 48), (5, 20), (9, 7), (M, 16)],
+)
+def test_equals_a_full_sort(k, block):
+  found = TOP(QUERY, KEYS, VALID, k=k, block=block)
+  _is(found, QUERY, KEYS, np.asarray(VALID), k)
+
+
+def test_the_same_program_without_a_single_document_and_with_all():
+  top = functools.partial(TOP, k=2, block=32)
+  nothing = top(QUERY, KEYS, jnp.zeros(M, bool))
+  assert not nothing.valid.any() and (nothing.index == 0).all()
+  assert (nothing.values == -jnp.inf).all()
+  one = top(QUERY, KEYS, jnp.arange(M) == 40)
+  assert one.index[:, 0].tolist() == [40] * B
+  assert one.valid.tolist() == [[True, False]] * B
+  _is(top(QUERY, KEYS, jnp.ones(M, bool)), QUERY, KEYS, np.ones(M, bool), 2)
+
+
+def test_ties_give_slots_with_the_same_scores():
+  keys = KEYS[jnp.arange(M) % 4]
+  plain = TOP(QUERY, keys, VALID, k=6)
+  found = TOP(QUERY, keys, VALID, k=6, block=16)
+  np.testing.assert_allclose(found.values, plain.values, rtol=1e-6)
+  for row in np.asarray(found.index):
+    assert len(set(row)) == 6 and VALID[row].all()
+
+
+def test_many_banks_at_once():
+  keys = jnp.stack([KEYS, KEYS[::-1]])
+  valid = jnp.stack([VALID, ~VALID])
+  found = jax.jit(
+    jax.vmap(lambda k, v: retriever.top_k(QUERY, k, v, 2, block=32))
+  )(keys, valid)
+  for i in range(2):
+    one = jax.tree.map(lambda x, i=i: x[i], found)
+    _is(one, QUERY, keys[i], np.asarray(valid[i]), 2)
+
+
+@pytest.mark.parametrize("k", [2, 20])  # 8 slots are a shard
+def test_shards_of_eight_devices(k):
+  top = functools.partial(retriever.top_k, k=k, block=4, axis_name="slots")
+  slots, whole = PartitionSpec("slots"), PartitionSpec()
+  mesh = jax.make_mesh((8,), ("slots",), axis_types=(AxisType.Auto,))
+  sharded = jax.jit(
+    jax.shard_map(
+      top, mesh=mesh, in_specs=(whole, slots, slots), out_specs=whole
+    )
+  )
+  _is(sharded(QUERY, KEYS, VALID), QUERY, KEYS, np.asarray(VALID), k)
+  if k > 8:
+    return
+  parts = jax.pmap(top, axis_name="slots", in_axes=(None, 0, 0))(
+    QUERY, KEYS.reshape(8, 8, E), VALID.reshape(8, 8)
+  )
+  for device in (0, 7):
+    one = jax.tree.map(lambda x, i=device: x[i], parts)
+    _is(one, QUERY, KEYS, np.asarray(VALID), k)
+
+
+def test_top_k_is_not_differentiated():
+  def total(query, keys):
+    return retriever.top_k(query, keys, VALID, 2, block=32).values.sum()
+
+  for grad in jax.jit(jax.grad(total, argnums=(0, 1)))(QUERY, KEYS):
+    assert not grad.any()
+
+
+def test_no_more_scores_than_a_block_are_held():
+  """Of 4 GiB of keys: seen on shapes alone."""
+  shapes = (
+    jax.ShapeDtypeStruct((64, 128), jnp.float32),
+    jax.ShapeDtypeStruct((1 << 23, 128), jnp.float32),
+    jax.ShapeDtypeStruct((1 << 23,), jnp.bool_),
+  )
+  program = jax.make_jaxpr(functools.partial(retriever.top_k, k=16))(*shapes)
+
+  def made(jaxpr):
+    for equation in jaxpr.eqns:
+      yield from (var.aval.size for var in equation.outvars)
+      for inner in jax.core.jaxprs_in_params(equation.params):
+        yield from made(inner)
+
+  # The keys pass through as they are.
+  largest = max(size for size in made(program.jaxpr) if size < 1 << 30)
+  assert largest <= 4096 * 128
+
+
+def test_keys_and_scores_by_hand():
+  text = jnp.array([[3.0, 0.0], [0.0, 4.0]])
+  np.testing.assert_allclose(retriever.pooled(text), [0.6, 0.8], rtol=1e-6)
+  flat = retriever.pooled(text, "flatten")
+  np.testing.assert_allclose(flat, [0.6, 0, 0, 0.8], rtol=1e-6)
+  both = retriever.pooled(jnp.stack([text, -text]).astype(jnp.bfloat16))
+  assert both.dtype == jnp.float32
+  np.testing.assert_allclose(both, [[0.6, 0.8], [-0.6, -0.8]], rtol=1e-6)
+  other = jnp.array([[0.0, 1.0], [0.0, 2.0]])
+  for how, want in (
+    ("mean", 0.8),
+    ("flatten", 4 * 2 / (5 * 5**0.5)),
+    ("tokenwise_mean", (0 + 1) / 2),
+    ("maxsim", (0 + 1) / 2),
+  ):
+    got = retriever.score(text, other, how)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    same = retriever.score(text, 7 * text, how)
+    np.testing.assert_allclose(same, 1, rtol=1e-6)
+  more = jnp.concatenate([other, text[:1]])
+  assert retriever.score(text, more, "maxsim") == 1, "in any place"
+
+
+def test_a_text_of_zeros_has_no_direction_and_no_gradient():
+  zeros = jnp.zeros((C, D))
+  for how in retriever.SCORES:
+    value, grad = jax.value_and_grad(retriever.score)(
+      zeros, _draw(2, C, D), how
+    )
+    assert value == 0 and not grad.any()
+
+
+DOCUMENTS, QUESTIONS = (retriever.pooled(_draw(i, 5, C, D)) for i in (3, 4))
+VECTORS = _draw(3, 5, C * D)
+OWN, IDS = jnp.array([2, 0, 1, 4, 0]), jnp.array([7, 8, 7, 9, 5])
+
+
+def _self_by_equation(question, keys, own, ids, weight, vectors=None):
+  question, keys = np.asarray(question), np.asarray(keys)
+  out = []
+  for q, i in zip(question, np.asarray(own), strict=True):
+    away = []
+    for j in range(len(keys)):
+      if ids[j] == ids[i]:
+        continue
+      if vectors is None:
+        away.append(((keys[i] - keys[j]) ** 2).sum())
+      else:
+        away.append(np.square(np.asarray(vectors[i] - vectors[j])).mean())
+    spread = np.log(np.exp(-np.array(away)).sum()) if away else 0.0
+    out.append(-q @ keys[i] + weight * spread)
+  return out
+
+
+def test_self_match_by_equation():
+  given = (QUESTIONS, DOCUMENTS, OWN, IDS)
+  for vectors in (None, VECTORS):
+    got = retriever.self_match(*given, weight=0.3, vectors=vectors)
+    want = _self_by_equation(*given, 0.3, vectors)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_self_match_where_there_is_nothing_to_push():
+  """One document, duplicates only, identical memories: finite, acceptance 5."""
+
+  def total(keys, ids, own):
+    loss = retriever.self_match(keys, keys, own, ids, weight=1.0)
+    return loss.sum(), loss
+
+  run = jax.jit(jax.value_and_grad(total, has_aux=True))
+  one, many = DOCUMENTS[:1], DOCUMENTS[:1] + jnp.zeros((5, 1))
+  for keys, ids, own, want in (
+    (one, IDS[:1], OWN[1:2], -1.0),
+    (DOCUMENTS, jnp.full(5, 3), OWN, -1.0),
+    (many, jnp.arange(5), OWN, -1 + np.log(4)),
+  ):
+    (_, loss), grad = run(keys, ids, own)
+    np.testing.assert_allclose(loss, want, atol=1e-5)
+    assert jnp.isfinite(grad).all()
+
+
+def test_self_match_pushes_memories_apart():
+  base = _draw(5, C, D)
+  raw = jnp.stack([base, base + 1e-2 * _draw(6, C, D)])
+
+  def cosine(raw):
+    keys = retriever.pooled(raw)
+    return keys[0] @ keys[1]
+
+  def loss(raw):
+    keys, every = retriever.pooled(raw), jnp.arange(2)
+    held = jax.lax.stop_gradient(keys)
+    return retriever.self_match(held, keys, every, every, weight=10.0).sum()
+
+  moved = raw - 1e-2 * jax.grad(loss)(raw)
+  assert cosine(moved) < cosine(raw)
+
+
+def test_softmax_match_by_equation():
+  got = retriever.softmax_match(QUESTIONS, DOCUMENTS, OWN, IDS, temperature=0.5)
+  question, keys = np.asarray(QUESTIONS), np.asarray(DOCUMENTS)
+  for g, own in enumerate(OWN.tolist()):
+    rows = [j for j in range(5) if j == own or IDS[j] != IDS[own]]
+    scores = {j: np.exp(question[g] @ keys[j] / 0.5) for j in rows}
+    want = -np.log(scores[own] / sum(scores.values()))
+    np.testing.assert_allclose(got[g], want, rtol=1e-5)
+  alone = retriever.softmax_match(
+    QUESTIONS, DOCUMENTS, OWN, jnp.full(5, 1), temperature=0.5
+  )
+  np.testing.assert_allclose(alone, 0, atol=1e-6)
+
+
+def test_questions_without_a_document_are_finite():
+  none = jnp.full(5, -1)
+  for match in (retriever.self_match, retriever.softmax_match):
+    assert jnp.isfinite(match(QUESTIONS, DOCUMENTS, none, IDS)).all()
+
+
+def test_errors():
+  for k in (0, M + 1):
+    with pytest.raises(ValueError, match=f"k={k} .* 64 slots: give 1 to 64"):
+      retriever.top_k(QUERY, KEYS, VALID, k)
+  with pytest.raises(ValueError, match="block is 0"):
+    retriever.top_k(QUERY, KEYS, VALID, 2, block=0)
+  with pytest.raises(ValueError, match="'sum' does not exist.*'flatten'"):
+    retriever.pooled(KEYS, "sum")
+  with pytest.raises(ValueError, match="'dot' does not exist.*'maxsim'"):
+    retriever.score(KEYS, KEYS, "dot")
