@@ -32,6 +32,7 @@ def _stage(**values) -> ConfigDict:
       "hard": 0.5,  # share of pairs of people that share a name part
       "retrieved": 0,  # documents a question draws on, of CMT; 0: all
       "no_aggregate": False,  # its own document's memory, as it is
+      "reconstruct": 0.0,  # weight of telling a text from its memory alone
       "keep": 1.0,  # share of a row's documents with a gradient
       "beta": None,  # weight of the matching loss; None: memory.beta
       "alpha": None,  # of the objective; None: memory.alpha
@@ -212,7 +213,18 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "every_steps": 500,  # probe during training; 0: never
       "probe_documents": 256,
-      "score": "match",
+      "score": "match",  # or oracle, random, shuffled, none: diagnoses
+      # Ways to ask the bank at the end of a run; known in cmt_setup.RUNGS.
+      "ladder": (
+        "own memory",
+        "top-16",
+        "top-4",
+        "top-1",
+        "all",
+        "random 16",
+        "shuffled",
+        "no memory",
+      ),
       "policy": "none",  # of a full bank: fifo, random_prune, ..
       "capacity": 0,  # slots of the bank; 0: the stream's documents
       "decode": "beam3",  # or greedy, diverse12x4 (MAC)
@@ -265,8 +277,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.update({"documents": 12, "known": 8})
     config.train.update({"steps_per_call": 2, "log_steps": 2, "save_steps": 4})
     config.eval.update(
-      {"every_steps": 4, "probe_documents": 8, "batch_size": 16}
-    )
+      {
+        "every_steps": 0, "batch_size": 32,
+        "ladder": ("own memory", "top-4", "no memory"),
+      }
+    )  # fmt: skip
   return config
 
 

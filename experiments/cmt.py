@@ -16,8 +16,9 @@ articles) into a bank, and is asked in several ways: from the question's own
 document, from the best 16 and 4 and 1, from all, from random and from wrong
 ones, and without any. `experiments.compare` puts it beside other methods.
 
-Writes result.json (percent), correct.json (each question, for paired tests) and
-the trained weights. A restart goes on from the last checkpoint.
+Writes result.json (percent), ladder.json (all scores and answers), correct.json
+(each question, for paired tests) and the trained weights. A restart goes on
+from the last checkpoint. With `start`, and `order` empty, nothing is trained.
 """
 
 import json
@@ -45,7 +46,11 @@ from jaxmem.methods import (
 from jaxmem.methods.chain import settings_key
 from jaxmem.training import loop, parallel
 
-RESULT_FILE, CORRECT_FILE = "result.json", "correct.json"
+RESULT_FILE, LADDER_FILE, CORRECT_FILE = (
+  "result.json",
+  "ladder.json",
+  "correct.json",
+)
 _log = logging.getLogger("jaxmem.experiments.cmt")
 
 
@@ -62,50 +67,52 @@ class Experiment(NamedTuple):
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Train, fill a bank with a stream, ask, write the results."""
   stages = cmt_setup.make_stages(config)
-  training = cmt_setup.make_training(config, sum(s.steps for s in stages))
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
   base = cmt_setup.load_base(config)
   exp = Experiment(config, workdir, stop, base, stages)
-  params = start(exp)
-  sizes = cmt_params.num_parameters(params)
-  trained = train(exp, training, params)
-  if trained is None:
-    return
-  place = config.export or str(workdir / "memory")
-  record = trained.record | {
-    "parameters": sizes,
-    "tokens": 0 if config.start else cmt_train.num_tokens(stages),
-  }
-  if jax.process_index() == 0:
-    saved = cmt_files.Saved(config.method, base.model.settings, base.name)
-    cmt_files.save(
-      place, saved, trained.params, dtype=config.export_dtype, record=record
-    )
-  # What was written is asked, in the precision that it was written in.
-  params = cmt_setup.shard(
-    base, cmt_files.load(place, base.model, base.weights, base.name)
-  )
+  params, record = start(exp), {"steps": 0, "tokens": 0}
+  record["parameters"] = cmt_params.num_parameters(params)
+  if stages:
+    trained = train(exp, params)
+    if trained is None:
+      return
+    record |= trained.record | {"tokens": cmt_train.num_tokens(stages)}
+    params = export(exp, trained.params, record)
   results = ask(exp, stream, params)
   if results is not None:
     write_results(exp, stream, results, record)
+
+
+def export(exp: Experiment, params: cmt.Params, record: dict) -> cmt.Params:
+  """Write what was trained; return it in the precision of the file."""
+  config, base = exp.config, exp.base
+  place = config.export or str(exp.workdir / "memory")
+  if jax.process_index() == 0:
+    saved = cmt_files.Saved(config.method, base.model.settings, base.name)
+    cmt_files.save(
+      place, saved, params, dtype=config.export_dtype, record=record
+    )
+  dtype = cmt_files.DTYPES[config.export_dtype]
+  return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
 
 
 def start(exp: Experiment) -> cmt.Params:
   """Draw what is trained, or read it from another run."""
   config, base = exp.config, exp.base
   if config.start:
-    params = cmt_files.load(config.start, base.model, base.weights, base.name)
+    place = cmt_files.find(config.start)
+    params = cmt_files.load(place, base.model, base.weights, base.name)
   else:
     rng = cmt_setup.draw_key(config)
     params = cmt_params.init(base.model, base.weights, rng=rng, t5=base.t5)
   return cmt_setup.shard(base, params)
 
 
-def train(
-  exp: Experiment, training: cmt_train.Training, params: cmt.Params
-) -> cmt_train.Trained | None:
+def train(exp: Experiment, params: cmt.Params) -> cmt_train.Trained | None:
   """Train all stages; None when stopped."""
   config, base = exp.config, exp.base
+  steps = sum(stage.steps for stage in exp.stages)
+  training = cmt_setup.make_training(config, steps)
   source = cmt_streams.training_source(config, base, exp.stages)
   return cmt_train.train(
     base.model,
@@ -152,19 +159,18 @@ def ask(
   exp: Experiment, stream: Stream, params: cmt.Params
 ) -> dict[str, streams.Result] | None:
   """Fill a bank with the stream and ask it in every way; None when stopped."""
-  config, base, out = exp.config, exp.base, {}
+  config, base = exp.config, exp.base
   weights = cmt_learner.Weights(base.weights, params)
-  for name, reading in cmt_setup.ladder(config, len(stream.documents)).items():
-    learner = cmt_learner.make_learner(
+  readings = cmt_setup.ladder(config, len(stream.documents))
+  learners = {
+    name: cmt_learner.make_learner(
       name, base.model, weights, reading, base.tokenizer, asking=base.asking
     )
-    found = cmt_streams.score(
-      learner, stream, base, rng=cmt_setup.draw_key(config), stop=exp.stop
-    )
-    if found is None:
-      return None
-    out[name] = found
-  return out
+    for name, reading in readings.items()
+  }
+  return cmt_streams.climb(
+    learners, stream, base, rng=cmt_setup.draw_key(config), stop=exp.stop
+  )
 
 
 def write_results(exp, stream, results, record) -> None:
@@ -177,10 +183,8 @@ def write_results(exp, stream, results, record) -> None:
   result |= {"base": exp.base.name, "documents": len(stream.documents)}
   if stream.note:
     result["note"] = stream.note
-  result["ladder"] = {
-    name: {"scores": found.scores, "costs": found.costs}
-    for name, found in results.items()
-  }
+  ladder = {name: found._asdict() for name, found in results.items()}
+  (exp.workdir / LADDER_FILE).write_text(json.dumps(ladder))
   correct = {name: cmt_streams.correct(r) for name, r in results.items()}
   (exp.workdir / CORRECT_FILE).write_text(json.dumps(correct))
   text = json.dumps(result, indent=2) + "\n"

@@ -21,7 +21,7 @@ Finder = Callable[[str], list[Span]]
 FINDERS = ("rules", "spacy")
 SPACY_MODEL = "en_core_web_sm"
 _WORD = re.compile(r"\w+(?:['’.,:/-]\w+)*")
-_SENTENCE_END = re.compile(r"[.!?:\n][\"'’”)\]]*\s*\Z")
+_SENTENCE_END = re.compile(r"[.!?:\n][\"'’”)\]]*\s*[\"'‘“(]*\Z")
 # Capitalised at the start of a sentence without being part of a name.
 _FUNCTION_WORDS = frozenset(
   """a after all an and as at before both but by during each every few for from

@@ -125,7 +125,17 @@ def run(
   asked = done and ask(learner, done.state, stream.questions, hooks)
   if not asked:
     return None
-  said, seconds = asked
+  return result(learner, stream, done, *asked)
+
+
+def result(
+  learner: Learner,
+  stream: Stream,
+  done: Read,
+  said: Sequence[Said],
+  seconds: Sequence[float],
+) -> Result:
+  """Score what `ask` gave on what `read` made."""
   costs = Costs(
     len(stream.documents),
     done.tokens,

@@ -12,6 +12,7 @@ Axes: M slots (the capacity), W documents written at once, E key width, S
 tokens. Nothing here is meant to be differentiated.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +29,7 @@ POLICIES = (
   "nn_average",  # average the two with the highest cosine of keys into one
 )
 _AVERAGES = ("random_average", "nn_average")
+_BLOCK = 256  # slots counted at once
 _NONE = np.int32(2**31 - 1)  # no slot: reading clamps it, writing drops it
 
 
@@ -85,7 +87,6 @@ def empty(
   for name, size in (("capacity", capacity), ("key_width", key_width)):
     if size < 1:
       raise ValueError(f"bank {name} is {size}; at least 1")
-  zero = jnp.zeros((), jnp.int32)
   return Bank(
     memories=jnp.zeros((capacity, *memory_shape), dtype),
     key=jnp.zeros((capacity, key_width), jnp.float32),
@@ -94,9 +95,9 @@ def empty(
     written=jnp.zeros(capacity, jnp.int32),
     digest=jnp.zeros((capacity, 2), jnp.uint32),
     merged=jnp.zeros(capacity, jnp.int32),
-    clock=zero,
-    duplicates=zero,
-    dropped=zero,
+    clock=jnp.zeros((), jnp.int32),
+    duplicates=jnp.zeros((), jnp.int32),
+    dropped=jnp.zeros((), jnp.int32),
     rng=rng,
   )
 
@@ -202,12 +203,12 @@ def write(
     *row, live = row
     known = live & deduplicate & _holds(bank, row[3])
     live = live & ~known
-    full = bank.valid.all()
+    free = jnp.argmin(bank.valid).astype(jnp.int32)
     rng = jax.random.fold_in(jax.random.fold_in(bank.rng, bank.clock), 0)
     freed, kept = jax.lax.cond(
-      live & full,
+      live & bank.valid[free],
       lambda: _make_room(bank, policy, rng),
-      lambda: (jnp.argmin(bank.valid).astype(jnp.int32), _NONE),
+      lambda: (free, _NONE),
     )
     if policy in _AVERAGES:
       bank = _average(bank, freed, kept)
@@ -220,25 +221,44 @@ def write(
 
 def _write_free(bank, rows, valid, deduplicate):
   """Write to free slots as far as they reach, without a loop."""
-  number, capacity = valid.shape[0], bank.valid.shape[0]
+  number = valid.shape[0]
   known = jnp.zeros_like(valid)
   if deduplicate:
     digests = rows[3]
     same = (digests[:, None] == digests[None]).all(axis=-1) & valid[None]
     earlier = jnp.tril(same, -1).any(axis=1)
-    known = valid & (earlier | jax.vmap(lambda d: _holds(bank, d))(digests))
+    # One after the other: all at once would take W x M of memory.
+    held = jax.lax.map(functools.partial(_holds, bank), digests)
+    known = valid & (earlier | held)
   new = valid & ~known
   rank = jnp.cumsum(new, dtype=jnp.int32)  # from 1 on
-  free = jnp.cumsum(~bank.valid, dtype=jnp.int32)
-  slots = jnp.searchsorted(free, jnp.arange(1, number + 1, dtype=jnp.int32))
-  index = jnp.where(new, slots[jnp.maximum(rank - 1, 0)], capacity)
+  slots = _free_slots(bank.valid, number)
+  index = jnp.where(new, slots[jnp.maximum(rank - 1, 0)], _NONE)
   bank = _put(bank, index, rows, bank.clock + rank)
-  written = (index < capacity).sum(dtype=jnp.int32)
+  written = (index < _NONE).sum(dtype=jnp.int32)
   return bank._replace(
     clock=bank.clock + written,
     duplicates=bank.duplicates + known.sum(dtype=jnp.int32),
     dropped=bank.dropped + new.sum(dtype=jnp.int32) - written,
   )
+
+
+def _free_slots(valid, number):
+  """The first free slots in order, as many as asked for; then _NONE.
+
+  Blocks are counted first: a running sum over all slots takes far longer.
+  """
+  blocks = -(-valid.shape[0] // _BLOCK)
+  free = jnp.pad(~valid, (0, blocks * _BLOCK - valid.shape[0]))
+  free = free.reshape(blocks, _BLOCK)
+  counts = free.sum(axis=1, dtype=jnp.int32)
+  until = jnp.cumsum(counts)
+  wanted = jnp.arange(1, number + 1, dtype=jnp.int32)
+  block = jnp.searchsorted(until, wanted).astype(jnp.int32)
+  inside = wanted - (until - counts)[block]
+  place = jnp.cumsum(free[block], axis=1, dtype=jnp.int32) >= inside[:, None]
+  slot = block * _BLOCK + jnp.argmax(place, axis=1).astype(jnp.int32)
+  return jnp.where(wanted <= until[-1], slot, _NONE)
 
 
 def _put(bank, index, rows, clock):
@@ -260,7 +280,8 @@ def _put(bank, index, rows, clock):
 
 
 def _holds(bank, one):
-  return ((bank.digest == one[None]).all(axis=-1) & bank.valid).any()
+  first, second = (bank.digest[:, i] == one[i] for i in (0, 1))
+  return (first & second & bank.valid).any()
 
 
 def _make_room(bank, policy, rng):

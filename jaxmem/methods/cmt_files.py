@@ -26,6 +26,26 @@ WEIGHTS_FILE, SETTINGS_FILE = "memory.safetensors", "memory.json"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
+SHIPPED = ("cmt", "mac", "mbc")  # trained on the embedded model tiny
+
+
+def find(name: str) -> str:
+  """Name the directory of weights that come with the package, or the name.
+
+  Raises:
+    ValueError: weights that this checkout does not carry.
+  """
+  if name not in SHIPPED:
+    return name
+  folder = pathlib.Path(__file__).parent / "weights" / name
+  if not (folder / WEIGHTS_FILE).is_file():
+    raise ValueError(
+      f"the weights of {name!r} are not in {folder}: train them with `make "
+      "shipped`, or give a directory that experiments.cmt exported"
+    )
+  return str(folder)
+
+
 class Saved(NamedTuple):
   """What a directory says of itself."""
 

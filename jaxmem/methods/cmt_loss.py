@@ -16,66 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmem.data.memory_rows import MemoryRows, Texts
 from jaxmem.memory import aggregator, quantizer, retriever
+from jaxmem.methods import cmt_codebook as codebook
 from jaxmem.methods.cmt import Model, Params, adjust, compress, read, to_prefix
 from jaxmem.models import decoder
 from jaxmem.training.loss import cross_entropy
 from jaxmem.training.step import Gather, LossAux
-
-
-class Codebook(NamedTuple):
-  """What the codebook's resets go by; carried as the train state's memory."""
-
-  usage: quantizer.Usage
-  counts: jax.Array  # [V] float32, of this step
-  candidates: jax.Array  # [V, D] vectors that may replace unused codes
-  found: jax.Array  # [] int32, how many of them there are
-
-
-def start_memory(model: Model) -> Any:
-  """Return the train state's memory at step 0: `Codebook`, or () without."""
-  number, width = model.settings.num_codes, model.config.hidden_size
-  if not number:
-    return ()
-  return Codebook(
-    quantizer.init_usage(number),
-    jnp.zeros(number),
-    jnp.zeros((number, width)),
-    jnp.int32(0),
-  )
-
-
-def make_post_update(model: Model, moments: Callable) -> Callable | None:
-  """Make what resets unused codes after a step; None without codes.
-
-  Args:
-    moments: (opt_state, replaced [V]) -> opt_state with the moments of the
-      replaced codes zero; see `cmt_params.zero_moments`.
-  """
-  settings = model.settings
-  if not settings.num_codes:
-    return None
-
-  def post_update(state, aux, rng):
-    del aux, rng
-    memory = state.memory
-    codes, usage, replaced = quantizer.reset(
-      state.params["quantizer"],
-      memory.usage,
-      memory.candidates,
-      memory.counts,
-      found=memory.found,
-      decay=settings.vq_decay,
-      threshold=settings.vq_threshold,
-    )
-    return state._replace(
-      params=state.params | {"quantizer": codes},
-      opt_state=moments(state.opt_state, replaced),
-      memory=memory._replace(
-        usage=usage, counts=jnp.zeros_like(memory.counts), found=jnp.int32(0)
-      ),
-    )
-
-  return post_update
 
 
 class Selected(NamedTuple):
@@ -109,6 +54,7 @@ class Compressed(NamedTuple):
   """A batch of which every text is compressed."""
 
   bank: Bank
+  local: jax.Array  # [U, n, C, D], this device's documents
   question: jax.Array  # [G, C, D], this device's
   own: jax.Array  # [G] int32, place in the bank, or OWN_NONE
   match: jax.Array  # [G], the matching loss
@@ -133,7 +79,7 @@ def compress_batch(
 
   Args:
     gather: brings the documents of all devices together.
-    memory: of `start_memory`.
+    memory: of `cmt_codebook.start`.
     rng: of the step, equal on all devices; None draws nothing, and collects
       no candidates for the codebook.
   """
@@ -160,7 +106,16 @@ def compress_batch(
   match, scores = _match(model, question, bank, own)
   labels = batch.labels.reshape(-1, batch.labels.shape[-1])
   return Compressed(
-    bank, question, own, match, scores, _flat(batch.answers), labels, vq, memory
+    bank,
+    local,
+    question,
+    own,
+    match,
+    scores,
+    _flat(batch.answers),
+    labels,
+    vq,
+    memory,
   )
 
 
@@ -199,10 +154,28 @@ def make_loss(model: Model) -> Callable:
     }
     if found.vq is not None:
       metrics["vq"] = found.vq
+    if settings.reconstruct:
+      metrics["text"] = _text_nll(model, frozen, params, batch, found.local)
     total = nll.sum() + _others(settings, metrics, gather)
     return total, LossAux(found.memory, labels.sum(), metrics)
 
   return loss_fn
+
+
+def _text_nll(model, frozen, params, batch, memories):
+  """How well documents with a gradient are told from their own memory.
+
+  Returns: sum of nats and number of tokens.
+  """
+  kept = model.settings.num_kept(memories.shape[1])
+  texts = _flat(jax.tree.map(lambda x: x[:, :kept], batch.documents))
+  own = memories[:, :kept].reshape(-1, *memories.shape[2:])
+  prefix = to_prefix(model, params, own)
+  labels = texts.valid & (jnp.cumsum(texts.valid, axis=1) > 1)
+  nll, _ = answer_loss(
+    model, frozen, params, texts, labels, prefix, most=texts.ids.shape[1] - 1
+  )
+  return nll.sum(), labels.sum()
 
 
 def _others(settings, metrics, gather):
@@ -212,7 +185,11 @@ def _others(settings, metrics, gather):
     return gather(metrics[name][1][None]).sum()
 
   tokens, total = everywhere("nll"), 0.0
-  for name, weight in (("match", settings.beta), ("vq", settings.vq_weight)):
+  for name, weight in (
+    ("match", settings.beta),
+    ("vq", settings.vq_weight),
+    ("text", settings.reconstruct),
+  ):
     if name in metrics and weight:
       share = weight * tokens / jnp.maximum(everywhere(name), 1)
       total += share * metrics[name][0]
@@ -254,23 +231,10 @@ def _documents(model, frozen, params, batch, memory, gather, rng, rng_codes):
   found = quantizer.quantize(
     params["quantizer"], vectors, commitment=settings.vq_commitment
   )
-  counts = gather(found.counts[None]).sum(axis=0)
   if rng_codes is not None:
-    memory = _candidates(memory, gather(vectors), rng_codes)
-    memory = memory._replace(counts=memory.counts + counts)
+    memory = codebook.collect(memory, found, vectors, gather, rng=rng_codes)
   loss = (found.loss_sum, found.loss_count)
   return found.quantized.reshape(memories.shape), loss, memory
-
-
-def _candidates(memory, vectors, rng):
-  """Keep a draw of the latest vectors, as many as there are codes at most."""
-  number = min(len(memory.counts), len(vectors))
-  order = jax.random.permutation(rng, len(vectors))[:number]
-  chosen = jax.lax.stop_gradient(vectors)[order]
-  return memory._replace(
-    candidates=memory.candidates.at[:number].set(chosen),
-    found=jnp.int32(number),
-  )
 
 
 def _match(model, question, bank, own):
@@ -333,19 +297,22 @@ def answer_loss(
   texts: Texts,
   labels: Bool[Array, "G A"],
   prefix: decoder.Prefix | None,
+  *,
+  most: int | None = None,
 ) -> tuple[Float[Array, "G Y"], Bool[Array, "G Y"]]:
   """Score the answers' tokens behind a prefix, by adjusted logits.
 
   Args:
     texts: question and answer.
-    labels: tokens that are scored; at most settings.answer_labels of a row.
+    labels: tokens that are scored.
+    most: of a row, Y; None: settings.answer_labels.
 
   Returns: nats per label, 0 where there is none, and whether it is the
     likeliest token.
   """
   settings = model.settings
   index = jnp.argsort(~labels[:, 1:], axis=1, stable=True)
-  index = index[:, : settings.answer_labels]
+  index = index[:, : settings.answer_labels if most is None else most]
   ids = jnp.take_along_axis(texts.ids[:, 1:], index, axis=1)
   valid = jnp.take_along_axis(labels[:, 1:], index, axis=1)
   hidden = read(model, frozen, params, texts, prefix)

@@ -60,6 +60,9 @@ class Settings:
   match_pool: str = "mean"  # of POOLS
   match_norm: str = "unit"  # of NORMS: what self-matching takes distances of
   train_retrieved: int = 0  # documents a question draws on in training; 0: all
+  # Weight of telling a document's text from its memory alone, as ICAE (arXiv
+  # 2307.06945) trains its slots at first; the paper: none.
+  reconstruct: float | int = 0.0
   no_aggregate: bool = False  # its own document's memory is injected as it is
   keep: float | int = 1.0  # share of documents with a gradient (MAC 3.3)
   answer_labels: int = 24  # tokens of an answer at most (MAC)

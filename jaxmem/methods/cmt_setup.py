@@ -72,13 +72,16 @@ def retrieved(config: ConfigDict) -> int:
 
 
 def make_stages(config: ConfigDict) -> tuple[cmt_train.Stage, ...]:
-  """Build the stages in their order.
+  """Build the stages in their order; none with trained weights to start from.
 
   Raises:
-    ValueError: no stage, an unknown one, or a count below 1.
+    ValueError: no stage and no weights, an unknown one, or a count below 1.
   """
-  if not config.order:
-    raise ValueError("order names no stage; give some of config.stages")
+  if not config.order and not config.start:
+    raise ValueError(
+      "order names no stage: give some of config.stages, or trained weights "
+      "with config.start"
+    )
   return tuple(_stage(config, name) for name in config.order)
 
 
@@ -92,7 +95,8 @@ def _stage(config, name) -> cmt_train.Stage:
   for key in ("steps", "banks", "rows", "documents", "asked", "questions"):
     if stage[key] < 1:
       raise ValueError(f"stages.{name}.{key} is {stage[key]}; at least 1")
-  changes = {"no_aggregate": stage.no_aggregate, "keep": stage.keep}
+  same = ("no_aggregate", "keep", "reconstruct")
+  changes = {key: stage[key] for key in same}
   if config.method == "cmt":  # the others have none of these
     changes["train_retrieved"] = stage.retrieved
     for key in ("alpha", "beta"):
@@ -227,25 +231,34 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
   return Reading(**(given | changes))
 
 
+RUNGS = {
+  "own memory": {"retrieved": 1, "score": "oracle"},
+  "top-16": {"retrieved": 16},
+  "top-4": {"retrieved": 4},
+  "top-1": {"retrieved": 1},
+  "all": {"retrieved": 0},
+  "random 16": {"retrieved": 16, "score": "random"},
+  "shuffled": {"retrieved": 1, "score": "shuffled"},
+  "no memory": {"retrieved": 1, "score": "none"},
+}
+
+
 def ladder(config: ConfigDict, documents: int) -> dict[str, Reading]:
-  """Name the ways in which one bank is asked, for the ladder of scores."""
-  capacity = config.eval.capacity or documents
-  few, many = min(4, capacity), min(16, capacity)
-  rungs = {
-    "own memory": {"retrieved": 1, "score": "oracle"},
-    f"top-{many}": {"retrieved": many},
-    f"top-{few}": {"retrieved": few},
-    "top-1": {"retrieved": 1},
-    "all": {"retrieved": 0},
-    f"random {many}": {"retrieved": many, "score": "random"},
-    "shuffled": {"retrieved": 1, "score": "shuffled"},
-    "no memory": {"retrieved": 1, "score": "none"},
-  }
-  same = {"score": "match"}
-  return {
-    name: make_reading(config, documents, **(same | changes))
-    for name, changes in rungs.items()
-  }
+  """Name the ways in which one bank is asked, those of `eval.ladder`.
+
+  Raises:
+    ValueError: an unknown one, or none.
+  """
+  if not config.eval.ladder:
+    raise ValueError(f"eval.ladder is empty; give some of {', '.join(RUNGS)}")
+  out = {}
+  for name in config.eval.ladder:
+    check("eval.ladder", name, tuple(RUNGS))
+    changes = {"score": "match"} | RUNGS[name]
+    capacity = config.eval.capacity or documents
+    changes["retrieved"] = min(changes["retrieved"], capacity)
+    out[name] = make_reading(config, documents, **changes)
+  return out
 
 
 def learned(config: ConfigDict) -> dict[str, Any]:

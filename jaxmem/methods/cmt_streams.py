@@ -127,22 +127,37 @@ def training_source(
   return cmt_train.Source(batch_at, lambda stage, batch: batch)
 
 
-def score(
-  learner: streams.Learner,
+def climb(
+  learners: Mapping[str, streams.Learner],
   stream: Stream,
   base: Base,
   *,
   rng: jax.Array,
   stop: Callable[[int], bool],
-) -> streams.Result | None:
-  """Read the stream and ask all of its questions; None when stopped."""
+) -> dict[str, streams.Result] | None:
+  """Read the stream once, and ask all questions of what was read in every way.
+
+  Args:
+    learners: by name; they differ in how they answer, not in what they keep.
+
+  Returns: None when stopped.
+  """
   hooks = streams.Hooks(
     decode=lambda ids: base.tokenizer.decode(ids, skip_special_tokens=True),
     stop=stop,
   )
-  return streams.run(
-    compile_learner(learner, base.mesh), stream, rng=rng, hooks=hooks
-  )
+  out, done = {}, None
+  for name, learner in learners.items():
+    learner = compile_learner(learner, base.mesh)
+    if done is None:
+      done = streams.read(learner, learner.init(rng), stream.documents, hooks)
+    if done is None:
+      return None
+    asked = streams.ask(learner, done.state, stream.questions, hooks)
+    if asked is None:
+      return None
+    out[name] = streams.result(learner, stream, done, *asked)
+  return out
 
 
 def headline(results: Mapping[str, streams.Result]) -> dict[str, float]:

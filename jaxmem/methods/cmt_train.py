@@ -17,7 +17,7 @@ import numpy as np
 from jaxmem.data import memory_rows
 from jaxmem.data.memory_rows import MemoryRows
 from jaxmem.data.world import World
-from jaxmem.methods import cmt, cmt_loss, cmt_params
+from jaxmem.methods import cmt, cmt_codebook, cmt_loss, cmt_params
 from jaxmem.methods.chain import Clock
 from jaxmem.training import checkpoint, loop, optimizer, parallel
 from jaxmem.training.logging import Logger
@@ -142,7 +142,7 @@ def make_step(
     tx,
     axis_name=axis_name,
     microbatches=stage.banks,
-    post_update=cmt_loss.make_post_update(model, cmt_params.zero_moments),
+    post_update=cmt_codebook.make_post_update(model, cmt_params.zero_moments),
   )
 
 
@@ -184,7 +184,7 @@ def train(
   """
   ends = np.cumsum([stage.steps for stage in stages])
   tx = make_transformation(training, int(ends[-1]))
-  state = init_state(params, tx, cmt_loss.start_memory(model))
+  state = init_state(params, tx, cmt_codebook.start(model))
   root = workdir / "training"
   found = checkpoint.restore(root, state, fingerprint=fingerprint)
   clock = Clock()

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 import re
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from jaxmem.models import (
 from jaxmem.training.loss import token_nll
 from jaxmem.training.step import Gather
 
+OWN = (pathlib.Path(__file__).parent / "data").resolve()
 BASES = ("gpt2", "llama")
 assert_close = functools.partial(
   np.testing.assert_allclose, atol=2e-4, rtol=1e-4
@@ -46,6 +48,11 @@ def folder(golden_dir, name):
     if not path.is_dir():
       pytest.skip(f"no {path.name}/ in {golden_dir}")
   return golden_dir / name
+
+
+def is_thorough(path):
+  """Whether to check all: of our own set not, for compiling takes a minute."""
+  return OWN not in path.parents
 
 
 @functools.cache
@@ -85,6 +92,12 @@ def texts(inputs, name, end=""):
   mask = next(inputs[key] for key in known if key in inputs)
   ids = jnp.asarray(inputs[f"{name}_ids{end}"], jnp.int32)
   return Texts(ids, jnp.asarray(mask != 0))
+
+
+def ragged(texts):
+  """The rows of a batch, padding included."""
+  pairs = zip(np.asarray(texts.ids), np.asarray(texts.valid), strict=True)
+  return list(pairs)
 
 
 def numbers(golden, pattern=r"N(\d+)\."):
@@ -140,6 +153,24 @@ def prefixes(model, params, question, memories, valid):
     return latents, cmt.to_prefix(model, params, latents)
 
   return jax.vmap(one)(valid)
+
+
+def prefixes_of_banks(found, question, banks):
+  """The prefix of questions that each have a bank of their own."""
+  most = max(map(len, banks))
+  padded = np.stack(
+    [np.pad(x, ((0, most - len(x)), (0, 0), (0, 0))) for x in banks]
+  )
+  valid = np.stack([np.arange(most) < len(x) for x in banks])
+
+  @jax.jit
+  def run(params, question):
+    latents = jax.vmap(
+      functools.partial(aggregator.aggregate, params["aggregator"])
+    )(question, padded, valid)
+    return cmt.to_prefix(found.model, params, latents)
+
+  return run(found.params, question)
 
 
 def stored_prefix(prefix):

@@ -1,0 +1,75 @@
+"""CMT's and MBC's steps are the same on one device, on eight, under pmap."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmem.methods import cmt_codebook, cmt_loss, cmt_params, mbc
+from jaxmem.methods.cmt_settings import Settings
+from jaxmem.models import decoder
+from jaxmem.training import parallel
+from jaxmem.training.step import init_state, make_train_step
+from tests.methods import small
+from tests.methods.test_cmt import batch_of, model_of, params_of
+
+MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1)}
+STEPS = 2
+# Half of the documents are distractors; MBC has more codes than it uses.
+KINDS = {
+  "cmt": (Settings, {"keep": 0.5, "beta": 0.3, "train_retrieved": 5}),
+  "mbc": (mbc.settings, {"num_codes": 40, "kv_lora_rank": 2}),
+}
+CASES = [
+  ("cmt", "8x1x1"), ("cmt", "pmap-8"), ("mbc", "8x1x1"), ("mbc", "pmap-8"),
+]  # fmt: skip
+
+
+@functools.cache
+def _run(kind, name):
+  """(state, metrics) after `STEPS` steps, on the host."""
+  make, changes = KINDS[kind]
+  model, pmap = model_of(make, **changes), name == "pmap-8"
+  params, base = params_of(model), small.params()
+  # A large eps: Adam divides rounding errors by their size.
+  tx = cmt_params.make_optimizer(lambda step: 1e-2)
+  state = init_state(params, tx, cmt_codebook.start(model))
+  if not pmap:
+    sizes = MESHES[name]
+    mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+    model = model._replace(constrain=parallel.make_constrain(mesh))
+  step = make_train_step(
+    cmt_loss.make_loss(model), tx,
+    axis_name=parallel.PMAP_AXIS if pmap else None,
+    post_update=cmt_codebook.make_post_update(model, cmt_params.zero_moments),
+  )  # fmt: skip
+  if pmap:
+    compiled = parallel.compile_step_pmap(step, steps_per_call=STEPS)
+  else:
+    compiled = parallel.compile_step(
+      step, state, base, mesh=mesh, steps_per_call=STEPS,
+      rules=decoder.partition_rules() + parallel.REPLICATE,
+    )  # fmt: skip
+  state = compiled.put_state(jax.tree.map(jnp.copy, state))
+  batches = [jax.tree.map(np.asarray, batch_of(seed=i)) for i in range(STEPS)]
+  return jax.device_get(
+    compiled.call(state, compiled.put_frozen(base), batches, jax.random.key(3))
+  )
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_every_arrangement_takes_the_same_steps(kind, name):
+  state, metrics = _run(kind, name)
+  want_state, want_metrics = _run(kind, "1x1x1")
+  for key, value in want_metrics.items():
+    np.testing.assert_allclose(
+      metrics[key], value, rtol=2e-4, atol=1e-5, err_msg=key
+    )
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-4)
+  jax.tree.map(close, state.params, want_state.params)
+  if kind == "mbc":
+    jax.tree.map(close, state.memory, want_state.memory)
+    usage = want_state.memory.usage.ema
+    assert (usage > 0).all()  # codes that nothing used were given new places

@@ -1,0 +1,190 @@
+"""A stream is read into a bank and asked: CMT, MAC and MBC as learners."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxmem.data.streams import Document, Question
+from jaxmem.methods import cmt, cmt_batches, cmt_learner, cmt_loss, mac, mbc
+from jaxmem.methods.cmt_batches import Reading
+from jaxmem.models import generate
+from jaxmem.models.generate_settings import GenerateSettings
+from tests.methods import small
+from tests.methods.test_cmt import model_of, params_of
+
+WORDS = small.WORDS
+DOCUMENTS = [
+  Document(i, f"{WORDS[3 * i]} {WORDS[3 * i + 1]} {WORDS[3 * i + 2]}\n")
+  for i in range(6)
+]
+QUESTIONS = [
+  Question(i, f"{WORDS[3 * i]} {WORDS[0]}", ("w1",), i) for i in (4, 1)
+]
+READING = Reading(
+  capacity=8,
+  decode=GenerateSettings(max_new_tokens=3),
+  retrieved=3,
+  batch_size=4,
+  max_document_tokens=6,
+)
+
+
+def learner_of(model, reading=READING, seed=0):
+  weights = cmt_learner.Weights(small.params(), params_of(model, seed))
+  return cmt_learner.make_learner(
+    "small", model, weights, reading, small.tokenizer()
+  )
+
+
+def read(learner, documents=DOCUMENTS):
+  state = learner.init(jax.random.key(0))
+  adapt = jax.jit(learner.adapt)
+  for start in range(0, len(documents), learner.batch_size):
+    part = documents[start : start + learner.batch_size]
+    state, _ = adapt(state, learner.encode_documents(part))
+  return state
+
+
+def ask(learner, state, questions=QUESTIONS):
+  batch = learner.encode_questions(questions)
+  return jax.tree.map(np.asarray, jax.jit(learner.answer)(state, batch))
+
+
+@functools.cache
+def _read_plain():
+  learner = learner_of(model_of(alpha=0.5))
+  return learner, read(learner)
+
+
+def test_what_is_written_is_found():
+  learner, state = _read_plain()
+  assert int(state.valid.sum()) == 6
+  model, weights = model_of(alpha=0.5), small.params()
+  batch = learner.encode_documents(DOCUMENTS[:4])
+  texts = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), batch.texts)
+  want = cmt.compress(model, weights, params_of(model), texts)
+  np.testing.assert_allclose(state.memories[:4], want, rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(state.doc_id[:6], range(6))
+
+
+def test_answers_are_those_of_the_loss_on_what_was_retrieved():
+  """The first token has the largest adjusted logit, worked out apart."""
+  learner, state = _read_plain()
+  model, base = model_of(alpha=0.5), small.params()
+  params, batch = params_of(model), learner.encode_questions(QUESTIONS)
+  out = ask(learner, state)
+  assert out.sources.shape == (4, 3) and (out.sources[:2] >= 0).all()
+  asked = jax.tree.map(jnp.asarray, batch.asked)
+  question = cmt.compress(model, base, params, asked, question=True)
+  for row in range(2):
+    chosen = state.memories[out.sources[row]]
+    bank = cmt_loss.Bank(chosen, jnp.arange(3, dtype=jnp.int32))
+    latents = cmt_loss.aggregate_batch(
+      model, params, question[row : row + 1], bank, jnp.zeros((1, 3)),
+      jnp.array([-1]),
+    )  # fmt: skip
+    prompt = jax.tree.map(
+      lambda x, r=row: jnp.asarray(x[r : r + 1]), batch.prompt
+    )
+    prefix = cmt.to_prefix(model, params, latents)
+    states = [
+      cmt.read(model, base, params, prompt, p)[0, -1] for p in (prefix, None)
+    ]
+    scores = generate.decoder.logits(
+      small.CONFIG, base, cmt.adjust(*states, 0.5)[None]
+    )
+    assert int(scores.argmax()) == int(out.tokens[row, 0])
+
+
+def test_without_documents_the_model_answers_alone():
+  learner, _ = _read_plain()
+  out = ask(learner, learner.init(jax.random.key(0)))
+  prompt = learner.encode_questions(QUESTIONS).prompt
+  plain = generate.generate(
+    small.CONFIG, small.params(), prompt.ids, prompt.valid, READING.decode
+  )
+  np.testing.assert_array_equal(out.tokens[:2], plain.tokens[:2])
+  assert (out.sources == -1).all()
+
+
+def test_everything_retrieved_is_the_whole_bank():
+  """Section 13, test 4, at decode time: MAC and no filtering are one."""
+  model = model_of(mac.settings)
+  state = read(learner_of(model))
+  outs = [
+    ask(learner_of(model, dataclasses.replace(READING, retrieved=r)), state)
+    for r in (0, 8)
+  ]
+  np.testing.assert_array_equal(outs[0].tokens, outs[1].tokens)
+  assert outs[0].sources.shape[1] == 0
+
+
+@pytest.mark.parametrize("score", ["oracle", "shuffled", "random", "none"])
+def test_scores_of_diagnosis(score):
+  _, state = _read_plain()
+  reading = dataclasses.replace(READING, score=score, retrieved=1)
+  learner = learner_of(model_of(alpha=0.5), reading)
+  batch = jax.tree.map(jnp.asarray, learner.encode_questions(QUESTIONS))
+  question = jnp.ones((4, 3, small.CONFIG.hidden_size))
+  found = cmt_learner.retrieve(
+    model_of(alpha=0.5), reading, state, question, batch
+  )
+  chosen = np.where(found.valid, state.doc_id[found.index], -1)[:2, 0]
+  want = np.array([4, 1])
+  assert {
+    "oracle": (chosen == want).all(),
+    "shuffled": ((chosen != want) & (chosen >= 0)).all(),
+    "random": (chosen >= 0).all(),
+    "none": (chosen == -1).all(),
+  }[score]
+
+
+def test_codes_are_all_that_a_bank_of_mbc_holds():
+  model = model_of(mbc.settings, num_codes=7, kv_lora_rank=2)
+  learner = learner_of(model, dataclasses.replace(READING, retrieved=0))
+  state = read(learner)
+  assert state.memories.dtype == jnp.uint16
+  assert state.memories.shape == (8, 3) and int(state.memories.max()) < 7
+  assert ask(learner, state).tokens.shape == (4, 3)
+
+
+def test_long_documents_become_several_entries():
+  reading = dataclasses.replace(
+    READING, long_documents="chunk", max_pieces=2, max_document_tokens=2
+  )
+  state = read(learner_of(model_of(), reading), DOCUMENTS[:3])
+  assert int(state.valid.sum()) == 6
+  np.testing.assert_array_equal(
+    np.sort(np.asarray(state.doc_id[:6])), [0, 0, 1, 1, 2, 2]
+  )
+
+
+def test_bad_documents_and_settings():
+  learner = learner_of(model_of())
+  with pytest.raises(ValueError, match="document 7 is empty"):
+    learner.encode_documents([Document(7, "  ")])
+  strict = dataclasses.replace(
+    READING, long_documents="error", max_document_tokens=2
+  )
+  with pytest.raises(ValueError, match="document 0 has 4 tokens, over"):
+    learner_of(model_of(), strict).encode_documents(DOCUMENTS[:1])
+  for changes, message in (
+    ({"retrieved": 9}, "retrieved is 9 of a bank of 8"),
+    ({"score": "bm25"}, "score is 'bm25'"),
+    ({"policy": "lru"}, "policy is 'lru'"),
+    ({"max_pieces": 2}, "only chunk cuts"),
+    ({"score": "random", "retrieved": 0}, "set retrieved to 1 or more"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      dataclasses.replace(READING, **changes)
+
+
+def test_prompts_are_those_of_training():
+  assert cmt_batches.prompt_text(" who ? ", True) == (
+    "<|user|>\nwho ?\n<|assistant|>\n"
+  )
+  assert cmt_batches.prompt_text(" who ? ", False) == "who ?"

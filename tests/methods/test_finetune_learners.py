@@ -1,0 +1,189 @@
+"""Steps on documents, one after another, and what is left of the others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxmem.data import spans, tokenize
+from jaxmem.data.records import question_answer
+from jaxmem.data.streams import Document, Question, Stream
+from jaxmem.evaluation import streams
+from jaxmem.evaluation.streams import Hooks
+from jaxmem.methods import finetune_learners as f
+from jaxmem.methods import prompt_learners as p
+from jaxmem.methods import remix
+from jaxmem.models import decoder
+from jaxmem.training.learners import compile_learner
+from tests.methods import worldly
+
+RNG = jax.random.key(0)
+TEXTS = ("Bram Kelmtor lives in Aldton.", "he eats goulash.", "Oro is 12.")
+DOCUMENTS = tuple(Document(i, text) for i, text in enumerate(TEXTS))
+QUESTIONS = (
+  Question(0, "Where does Bram Kelmtor live?", ("Aldton",), 0),
+  Question(1, "What is Oro?", ("12",), 2),
+)
+STREAM = Stream("small", DOCUMENTS, QUESTIONS)
+SETTINGS = f.Settings(rate=1e-2, max_document_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def reader():
+  return p.Reader(worldly.loaded(), p.decoding("greedy", 2), batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def learner(reader):
+  plain = f.make_learner("salient", reader, SETTINGS, spans.by_rules)
+  return compile_learner(plain, reader.loaded.mesh)
+
+
+@pytest.fixture(scope="module")
+def hooks(reader):
+  return Hooks(reader.loaded.tokenizer.decode)
+
+
+def test_documents_and_their_weights(reader):
+  batch = f.encode_documents(reader, SETTINGS, spans.by_rules, DOCUMENTS[:1])
+  words = reader.loaded.tokenizer.convert_ids_to_tokens(batch.ids[0])
+  assert words[:7] == [
+    "<s>", "ĠBram", "ĠKelmtor", "Ġlives", "Ġin", "ĠAldton", ".",
+  ]  # fmt: skip
+  assert batch.weights[0].tolist() == [0, 1, 1, 0, 0, 1, 0] + [0] * 5
+  assert batch.token_valid.sum(axis=1).tolist() == [7, 0]
+  assert batch.valid.tolist() == [True, False]
+  short = f.Settings(max_document_tokens=3)
+  batch = f.encode_documents(reader, short, spans.everything, DOCUMENTS[:1])
+  assert batch.weights.tolist() == [[0, 1, 1], [0, 0, 0]]
+
+
+def looped_loss(config, params, ids, weights):
+  """Weighted nats over all predicted tokens, from whole logits."""
+  hidden = decoder.apply(config, params, jnp.array([ids])).hidden
+  logits = decoder.logits(config, params, hidden)[0]
+  nll = [
+    -float(jax.nn.log_softmax(logits[t])[ids[t + 1]]) * weights[t + 1]
+    for t in range(len(ids) - 1)
+  ]
+  return sum(nll) / len(nll)
+
+
+def test_the_loss_is_a_mean_over_all_tokens(reader):
+  config, weights = reader.loaded.config, reader.loaded.weights
+  batch = f.encode_documents(reader, SETTINGS, spans.by_rules, DOCUMENTS[:1])
+  model = remix.Model(config)
+  row = [jnp.asarray(x[0]) for x in batch[:3]]
+  found = f.document_loss(model, weights, *row)
+  size = int(batch.token_valid[0].sum())
+  expected = looped_loss(
+    config, weights, row[0][:size].tolist(), row[1][:size].tolist()
+  )
+  np.testing.assert_allclose(found, expected, rtol=1e-5)
+  nothing = f.document_loss(model, weights, row[0], 0 * row[1], row[2])
+  assert nothing == 0
+
+
+def test_one_step_of_adam_on_each_document(reader, learner):
+  """As in a loop; rows that fill a batch up do nothing."""
+  model, tx = remix.Model(reader.loaded.config), optax.adam(SETTINGS.rate)
+  params = reader.loaded.weights
+  moments, state, tokens = tx.init(params), learner.init(RNG), 0
+  grad = jax.jit(
+    jax.grad(lambda params, row: f.document_loss(model, params, *row))
+  )
+  for start in (0, 2):
+    batch = learner.encode_documents(DOCUMENTS[start : start + 2])
+    state, cost = learner.adapt(state, batch)
+    tokens += int(cost.tokens)
+    for row in range(len(DOCUMENTS[start : start + 2])):
+      grads = grad(params, [x[row] for x in batch[:3]])
+      updates, moments = tx.update(grads, moments)
+      params = optax.apply_updates(params, updates)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
+    state.params, params,
+  )  # fmt: skip
+  assert tokens == sum(
+    len(reader.loaded.tokenizer(text)["input_ids"]) for text in TEXTS
+  )
+  sizes = [x.nbytes for x in jax.tree.leaves(params)]
+  assert learner.size(state) == sum(sizes)
+  assert not any(
+    x.is_deleted() for x in jax.tree.leaves(reader.loaded.weights)
+  ), "others start from them"
+
+
+def test_a_document_without_salient_words_moves_nothing(reader, learner):
+  state, _ = learner.adapt(
+    learner.init(RNG), learner.encode_documents(DOCUMENTS[1:2])
+  )
+  same = jax.tree.map(np.array_equal, state.params, reader.loaded.weights)
+  assert all(jax.tree.leaves(same))
+
+
+def test_it_answers_as_the_closed_book_until_it_has_read(reader, learner):
+  closed = p.closed_book(reader)
+  asked = closed.encode_questions(QUESTIONS)
+  expected = closed.answer(closed.init(RNG), asked)
+  found = learner.answer(learner.init(RNG), learner.encode_questions(QUESTIONS))
+  np.testing.assert_array_equal(found.tokens, expected.tokens)
+  np.testing.assert_array_equal(found.length, expected.length)
+  assert found.sources.shape == (2, 0)
+
+
+def test_a_rate_is_tuned_on_another_stream(learner, hooks):
+  """`fake` answers better at some rates than at others."""
+  made = []
+
+  def make(rate):
+    made.append(rate)
+    return learner
+
+  def fake(learner, stream, *, rng, hooks):
+    f1 = {1e-4: 5.0, 1e-3: 30.0, 1e-2: 30.0}[made[-1]]
+    return streams.Result("x", "s", False, {}, {"all": {"f1": f1}}, [])
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(streams, "run", fake)
+    given = {"rng": RNG, "hooks": hooks}
+    found = f.tune(make, [1e-2, 1e-3, 1e-4], STREAM, **given)
+    assert found == (1e-3, {1e-4: 5.0, 1e-3: 30.0, 1e-2: 30.0})
+    with pytest.raises(ValueError, match="rates is empty"):
+      f.tune(make, [], STREAM, **given)
+    patch.setattr(streams, "run", lambda *args, **kwargs: None)
+    assert f.tune(make, [1e-4], STREAM, **given) is None
+
+
+def test_questions_and_answers_first(reader):
+  rows = tokenize.encode_examples(
+    reader.loaded.tokenizer,
+    [
+      question_answer(0, "Where is Bram?", ["Aldton"], "x"),
+      question_answer(1, "Who?", ["Oro"], "x"),
+    ],
+  ).rows
+  losses = []
+  given = dict(rate=1e-2, batch_size=2, rng=RNG)
+  moved = f.pretrain(
+    reader.loaded, rows, steps=6, **given,
+    log=lambda step, metrics: losses.append(float(metrics["loss"][0])),
+  )  # fmt: skip
+  assert len(losses) == 6 and losses[-1] < losses[0]
+  same = jax.tree.map(np.array_equal, moved.weights, reader.loaded.weights)
+  assert not all(jax.tree.leaves(same))
+  assert moved.tokenizer is reader.loaded.tokenizer
+  stopped = f.pretrain(
+    reader.loaded, rows, steps=2, **given, stop=lambda step: True
+  )
+  assert stopped is None
+  for wrong in ({"steps": 0}, {"rate": 0.0, "steps": 1}):
+    with pytest.raises(ValueError, match="question answering needs rows"):
+      f.pretrain(reader.loaded, rows, **given | wrong)
+
+
+def test_settings_that_do_not_go():
+  for wrong in ({"rate": 0.0}, {"max_document_tokens": 1}):
+    with pytest.raises(ValueError, match="rate is"):
+      f.Settings(**wrong)
