@@ -26,6 +26,11 @@ CONTESTANTS = {
   "generate-hf": "benchmarks.generate_hf:GenerateHf",
   "decode-imsm": "benchmarks.imsm_jaxmem:DecodeImsm",
   "train-imsm": "benchmarks.imsm_jaxmem:TrainImsm",
+  "scan-keys": "benchmarks.bank_jaxmem:ScanKeys",
+  "scan-faiss": "benchmarks.bank_jaxmem:ScanFaiss",
+  "write-bank": "benchmarks.bank_jaxmem:WriteBank",
+  "read-bank": "benchmarks.bank_jaxmem:ReadBank",
+  "read-pytorch": "benchmarks.bank_pytorch:ReadPytorch",
 }
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")

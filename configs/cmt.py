@@ -162,9 +162,8 @@ def _tiny(config: ConfigDict) -> None:
       "match": "softmax",  # the paper's loss: configs/cmt_ablations.py
     }
   )  # fmt: skip
-  config.of_method.cmt.update({"tokens": 4, "beta": 0.3, "score_weight": 10.0})
-  config.of_method.mac.tokens = 4
-  # Four codes of 9 bits hold less than a name and four values have, 38.
+  config.of_method.cmt.update({"tokens": 8, "beta": 0.3, "score_weight": 10.0})
+  config.of_method.mac.tokens = 8
   config.of_method.mbc.update({"tokens": 8, "kv_lora_rank": 4})
 
 
@@ -260,13 +259,14 @@ def get_config(arg: str = "") -> ConfigDict:
   )  # fmt: skip
   config.eval.decode = "greedy"
   config.eval.max_new_tokens = 4
-  # From one memory, as it is, to many to choose among.
-  config.order = ("one", "many")
+  # From one memory as it is, through the aggregator, to many to choose among.
+  config.order = ("one", "own", "many")
   config.stages.one = _stage(
-    steps=800, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
+    steps=600, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
   )
+  config.stages.own = _stage(steps=150, retrieved=1)
   config.stages.many = _stage(
-    steps=600, rows=16, asked=2, keep=0.5, known=1, retrieved=16
+    steps=450, rows=16, asked=2, keep=0.5, known=1, retrieved=16
   )
   if name == "smoke":
     config.model = "nano"

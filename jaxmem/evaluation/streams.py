@@ -5,6 +5,7 @@ repeats both.
 """
 
 import logging
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -140,8 +141,8 @@ def result(
     len(stream.documents),
     done.tokens,
     int(learner.size(done.state)),
-    1e3 * float(np.median(done.seconds)),
-    1e3 * float(np.median(seconds)),
+    1e3 * statistics.median_low(done.seconds),
+    1e3 * statistics.median_low(seconds),
     float(np.mean([len(one.sources) for one in said])),
   )
   return Result(

@@ -99,7 +99,7 @@ def init(
 
 
 def project(
-  params: Mapping[str, Any], memories: Float[Array, "M D"]
+  params: Mapping[str, Any], memories: Float[Array, "M E"]
 ) -> Projected:
   """Return every block's keys and values of the memories.
 
@@ -178,7 +178,7 @@ def attend(
 def aggregate(
   params: Mapping[str, Any],
   question: Float[Array, "C D"],
-  memories: Float[Array, "P *R D"],
+  memories: Float[Array, "P *R E"],
   valid: Bool[Array, "P"],
   *,
   bias: Float[Array, "P"] | None = None,

@@ -59,13 +59,14 @@ def init_usage(codes: int) -> Usage:
 
 def quantize(
   codebook: Float[Array, "V D"],
-  x: Float[Array, "M D"],
+  x: Float[Array, "M E"],
   *,
   commitment: float = 0.25,
 ) -> Quantized:
   """Replace each vector by the nearest code; of equally near ones the first.
 
   Args:
+    x: of the codes' width.
     commitment: beta.
 
   Raises:

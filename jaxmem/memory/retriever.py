@@ -107,7 +107,7 @@ def top_k(
     keys: [M, E]; with axis_name those of this device.
     valid: [M].
     k: R; where fewer slots are valid the rest of the result is not.
-    block: slots scored at a time; None: as many as give 2^18 scores, which
+    block: slots scored at a time; None: as many as give 2^17 scores, which
       fits a core's cache. Give an accelerator more.
     axis_name: of the devices that hold equal shards of the keys, inside
       shard_map or pmap; each sends its k best (at most its shard) to all. Under
@@ -129,7 +129,7 @@ def top_k(
     raise ValueError(f"top_k block is {block}; at least 1 slot")
   query, keys = jax.lax.stop_gradient((query, keys))
   if block is None:
-    block = min(max(_BLOCK_SCORES // max(query.shape[0], 1), 1024), 16384)
+    block = _default_block(query.shape[0], slots)
   values, index = _scan(query, keys, valid, min(k, slots), block)
   if axis_name is not None:
     index = index + jax.lax.axis_index(axis_name) * slots
@@ -143,6 +143,14 @@ def top_k(
   return Retrieved(values, jnp.where(found, index, 0), found)
 
 
+def _default_block(rows, slots):
+  """Slots at a time: a block's scores fit a core's own cache; all at once while
+  they fit the shared one."""
+  if rows * slots <= 8 * _BLOCK_SCORES:
+    return slots
+  return min(max(_BLOCK_SCORES // rows, 1024), 16384)
+
+
 def _products(query, keys, valid):
   scores = jnp.matmul(
     query, keys.T, precision="highest", preferred_element_type=jnp.float32
@@ -152,11 +160,10 @@ def _products(query, keys, valid):
 
 def _scan(query, keys, valid, k, block):
   """The k best of one device: values and slots [B, k]."""
-  (slots, _), rows = keys.shape, query.shape[0]
-  if slots <= block:
-    return jax.lax.top_k(_products(query, keys, valid), k)
-  group = _GROUP if block % _GROUP == 0 and _GROUP * k <= block else 1
-  groups = block // group  # members of a group are that far apart
+  slots, rows = keys.shape[0], query.shape[0]
+  block = min(block, slots)
+  group = _GROUP if block >= _GROUP * k else 1
+  groups = -(-block // group)  # members of a group are that far apart
 
   def one(i, state):
     # The last block begins earlier, and leaves out what was there before.
@@ -166,36 +173,58 @@ def _scan(query, keys, valid, k, block):
     ]
     new = start + jnp.arange(block) >= i * block
     scores = _products(query, part[0], part[1] & new)
-    scores = scores.reshape(rows, group, groups)
-    best = scores.max(axis=1)
-
-    def merge(state):
-      top, first, members = state
-      top, chosen = jax.lax.top_k(jnp.concatenate([top, best], axis=1), k)
-      old = jnp.minimum(chosen, k - 1)
-      fresh = jnp.maximum(chosen - k, 0)
-      is_new = chosen >= k
-      take = jnp.take_along_axis
-      first = jnp.where(is_new, start + fresh, take(first, old, axis=1))
-      members = jnp.where(
-        is_new[:, None],
-        take(scores, fresh[:, None], axis=2),
-        take(members, old[:, None], axis=2),
-      )
-      return top, first, members
-
-    better = (best.max(axis=1) > state[0][:, -1]).any()
-    return jax.lax.cond(better, merge, lambda state: state, state)
+    return _merge(state, start, _grouped(scores, group))
 
   # Of the inputs, so that shard_map knows that it differs between devices.
   nowhere = jnp.isnan(query[:, :1]) & valid[None, :1] & jnp.bool_(False)
   top = jnp.broadcast_to(jnp.where(nowhere, 0.0, -jnp.inf), (rows, k))
   first = jnp.broadcast_to(nowhere.astype(jnp.int32), (rows, k))
-  members = jnp.broadcast_to(top[:, None], (rows, group, k))
-  state = jax.lax.fori_loop(0, -(-slots // block), one, (top, first, members))
+  state = (top, first, jnp.broadcast_to(top[:, None], (rows, group, k)))
+  if block == slots:
+    scores = _products(query, keys, valid)
+    state = _merge(state, 0, _grouped(scores, group))
+  else:
+    state = jax.lax.fori_loop(0, -(-slots // block), one, state)
   values, best = jax.lax.top_k(state[2].reshape(rows, group * k), k)
   first = jnp.take_along_axis(state[1], best % k, axis=1)
   return values, first + best // k * groups
+
+
+def _grouped(scores, group):
+  """[B, block] to [B, group, groups], filled up with what is never chosen."""
+  rows, block = scores.shape
+  missing = -block % group
+  if missing:
+    scores = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
+  return scores.reshape(rows, group, -1)
+
+
+def _merge(state, start, scores):
+  """Keep the best k of the groups kept so far and those of a block.
+
+  Args:
+    state: best score [B, k], first slot [B, k], all scores [B, group, k] of
+      the groups kept.
+    start: the block's first slot.
+    scores: of `_grouped`.
+  """
+  best, k = scores.max(axis=1), state[0].shape[1]
+
+  def merge(state):
+    top, first, members = state
+    top, chosen = jax.lax.top_k(jnp.concatenate([top, best], axis=1), k)
+    old, fresh = jnp.minimum(chosen, k - 1), jnp.maximum(chosen - k, 0)
+    is_new, take = chosen >= k, jnp.take_along_axis
+    first = jnp.where(is_new, start + fresh, take(first, old, axis=1))
+    members = jnp.where(
+      is_new[:, None],
+      take(scores, fresh[:, None], axis=2),
+      take(members, old[:, None], axis=2),
+    )
+    return top, first, members
+
+  better = (best.max(axis=1) > state[0][:, -1]).any()
+  return jax.lax.cond(better, merge, lambda state: state, state)
 
 
 def self_match(

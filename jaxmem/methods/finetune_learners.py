@@ -207,7 +207,6 @@ def make_learner(
     1.0, b1=settings.b1, b2=settings.b2, eps=settings.eps,
     clip_norm=settings.clip_norm,
   )  # fmt: skip
-  constrain = parallel.make_constrain(loaded.mesh)
 
   def init(rng):
     del rng
@@ -221,7 +220,7 @@ def make_learner(
     out = generate.generate(
       loaded.config, state.params, batch.ids,
       batch.token_valid & batch.valid[:, None], reader.decode,
-      constrain=constrain, dtype=reader.dtype,
+      constrain=reader.constrain, dtype=reader.dtype,
     )  # fmt: skip
     sources = jnp.zeros((len(batch.valid), 0), jnp.int32)
     return Answers(out.tokens, out.length - out.done, sources)
@@ -240,6 +239,20 @@ def make_learner(
   )
 
 
+def with_rate(learner: Learner, rate: float | int) -> Learner:
+  """Give a learner of `make_learner`, compiled or not, another rate.
+
+  Its programs stay the same.
+  """
+
+  def init(rng):
+    state = learner.init(rng)
+    moved = parallel.put(jnp.float32(rate), state.rate.sharding)
+    return state._replace(rate=moved)
+
+  return learner._replace(init=init)
+
+
 class Tuned(NamedTuple):
   """Which rate is the best, and how all of them did."""
 
@@ -248,7 +261,7 @@ class Tuned(NamedTuple):
 
 
 def tune(
-  make: Callable[[float | int], Learner],
+  learner: Learner,
   rates: Sequence[float | int],
   stream: Stream,
   *,
@@ -260,7 +273,7 @@ def tune(
   Of equal ones the smallest is taken.
 
   Args:
-    make: rate -> learner, compiled.
+    learner: of `make_learner`, compiled.
 
   Returns: None once `hooks.stop` says so.
 
@@ -271,7 +284,7 @@ def tune(
     raise ValueError("rates is empty: give at least one to choose from")
   found = {}
   for rate in sorted(rates):
-    result = streams.run(make(rate), stream, rng=rng, hooks=hooks)
+    result = streams.run(with_rate(learner, rate), stream, rng=rng, hooks=hooks)
     if result is None:
       return None
     found[rate] = result.scores["all"]["f1"]

@@ -11,6 +11,7 @@ our choice: chat turns, documents before the question, a line each.
 """
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -121,6 +122,11 @@ class Reader:
         f"max_new_tokens={self.decode.max_new_tokens}"
       )
 
+  @functools.cached_property
+  def constrain(self) -> Callable[[jax.Array], jax.Array]:
+    """Keeps rows on their devices; one function, or each call compiles."""
+    return parallel.make_constrain(self.loaded.mesh)
+
   @property
   def prompt_room(self) -> int:
     """Tokens that a prompt may have."""
@@ -191,7 +197,7 @@ class Reader:
       ids,
       valid,
       self.decode,
-      constrain=parallel.make_constrain(self.loaded.mesh),
+      constrain=self.constrain,
       dtype=self.dtype,
     )
     return jax.tree.map(lambda x: to_host(x)[: len(prompts)], out)
@@ -351,6 +357,7 @@ def _index(documents):
   # Imported here: it touches the devices, before processes have joined.
   from bm25s import BM25
 
+  logging.getLogger("bm25s").setLevel(logging.WARNING)
   if not documents:
     return None
   index = BM25()

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from jaxmem.data.memory_rows import MemoryRows, Texts
 from jaxmem.memory import aggregator, slots
-from jaxmem.methods import cmt, cmt_loss, mac_files
+from jaxmem.methods import cmt, cmt_loss, mac, mac_files
 from jaxmem.models import (
   decoder,
   encoder_decoder,
@@ -107,11 +107,21 @@ def numbers(golden, pattern=r"N(\d+)\."):
   return sorted(map(int, found))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def compress(model, params, documents, questions):
-  """Memories of documents and vectors of questions, as `cmt` makes them."""
-  made = functools.partial(cmt.compress, model, None, params)
-  return made(documents), made(questions, question=True)
+@functools.cache
+def vectors_of_texts(path):
+  """Memories of the documents and vectors of the questions, by `cmt`."""
+  found = load(path, BASES[0], mac.settings)
+
+  @jax.jit
+  def run(params, documents, questions):
+    made = functools.partial(cmt.compress, found.model, None, params)
+    return made(documents), made(questions, question=True)
+
+  return run(
+    found.params,
+    texts(found.inputs, "text", "_amort"),
+    texts(found.inputs, "gen_q", "_amort"),
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -150,6 +150,18 @@ def test_without_deduplication_the_first_stays_later():
   assert _fill([5, 6], held=held).doc_id[:4].tolist() == [0, 1, 5, 6]
 
 
+def test_holes_of_a_large_bank_are_filled_in_order():
+  holes = [3, 255, 256, 599]  # on both sides of what is counted at once
+  held = _empty(600)._replace(
+    valid=jnp.ones(600, bool).at[jnp.array(holes)].set(False)
+  )
+  held = _write(held, _documents(0, [5, 6, 7, 8]), jnp.ones(W, bool))
+  assert held.doc_id[jnp.array(holes)].tolist() == [5, 6, 7, 8]
+  full = _write(held, _documents(0, [1, 2, 3, 4]), jnp.ones(W, bool))
+  assert full.dropped == W and full.clock == held.clock == W
+  np.testing.assert_array_equal(full.doc_id, held.doc_id)
+
+
 def test_evict():
   held = _fill([0, 1, 2, 3, 4])
   assert _live(_evict(held, 2, "fifo")) == [2, 3, 4]

@@ -135,25 +135,36 @@ def test_it_answers_as_the_closed_book_until_it_has_read(reader, learner):
 
 def test_a_rate_is_tuned_on_another_stream(learner, hooks):
   """`fake` answers better at some rates than at others."""
-  made = []
-
-  def make(rate):
-    made.append(rate)
-    return learner
 
   def fake(learner, stream, *, rng, hooks):
-    f1 = {1e-4: 5.0, 1e-3: 30.0, 1e-2: 30.0}[made[-1]]
+    rate = learner.init(rng).rate
+    f1 = 30.0 if rate > 5e-4 else 5.0
     return streams.Result("x", "s", False, {}, {"all": {"f1": f1}}, [])
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(streams, "run", fake)
     given = {"rng": RNG, "hooks": hooks}
-    found = f.tune(make, [1e-2, 1e-3, 1e-4], STREAM, **given)
+    found = f.tune(learner, [1e-2, 1e-3, 1e-4], STREAM, **given)
     assert found == (1e-3, {1e-4: 5.0, 1e-3: 30.0, 1e-2: 30.0})
     with pytest.raises(ValueError, match="rates is empty"):
-      f.tune(make, [], STREAM, **given)
+      f.tune(learner, [], STREAM, **given)
     patch.setattr(streams, "run", lambda *args, **kwargs: None)
-    assert f.tune(make, [1e-4], STREAM, **given) is None
+    assert f.tune(learner, [1e-4], STREAM, **given) is None
+
+
+def test_another_rate_is_another_step(reader, learner):
+  batch = learner.encode_documents(DOCUMENTS[:1])
+  same = f.with_rate(learner, SETTINGS.rate)
+  tenth = f.with_rate(learner, SETTINGS.rate / 10)
+  steps = []
+  for each in (learner, same, tenth):
+    state, _ = each.adapt(each.init(RNG), batch)
+    moved = (
+      state.params["norm"]["scale"] - reader.loaded.weights["norm"]["scale"]
+    )
+    steps.append(np.asarray(moved))
+  np.testing.assert_array_equal(steps[0], steps[1])
+  np.testing.assert_allclose(steps[2], steps[0] / 10, rtol=1e-3, atol=1e-7)
 
 
 def test_questions_and_answers_first(reader):

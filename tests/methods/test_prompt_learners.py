@@ -184,7 +184,11 @@ def test_a_long_question_keeps_its_end(reader):
 def test_answers_are_those_of_the_model(reader):
   state, _ = read(p.closed_book(reader))
   learner = p.closed_book(reader)
-  answers = learner.answer(state, learner.encode_questions(ASKED))
+  batch = learner.encode_questions(ASKED)
+  answers = learner.answer(state, batch)
+  programs = generate._compiled._cache_size()
+  learner.answer(state, batch)
+  assert generate._compiled._cache_size() == programs, "compiled once"
   loaded = reader.loaded
   expected = generate.generate_text(
     loaded.config, loaded.weights, loaded.tokenizer,

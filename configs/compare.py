@@ -1,0 +1,158 @@
+"""Methods and baselines on one stream, one table.
+
+  python -m experiments.compare --config=configs/compare.py:tiny \
+      --workdir=out/compare --config.learners=closed_book,gold,bm25,uniform
+
+`smoke` runs in a minute, `tiny` is the small-scale protocol on the invented
+world, `paper` is StreamingQA as CMT and MAC have it (name the files).
+"""
+
+from ml_collections import ConfigDict
+
+from jaxmem.config import Point, grid
+
+NAMES = ("smoke", "tiny", "paper")
+
+
+def _data() -> ConfigDict:
+  return ConfigDict(
+    {
+      # world, or a file, TFDS or hub set of questions with their texts.
+      "source": "world",
+      "set": "squad",  # how its rows are read: squad, streamingqa, archivalqa
+      "test_rows": (),  # (start, stop) of its rows; empty: all
+      "train_source": "",  # what rates are tuned on; empty: the same source
+      "train_rows": (),  # of its rows
+      "train_share": 0.8,  # of one source's articles are not asked; 1: by rows
+      "full_passage": False,  # archivalqa: whole articles
+      "note": "",  # beside the result, such as "pipeline check"
+      "on_error": "raise",  # or skip, at malformed rows
+      "seed": 0,  # of the stream
+      "documents": 500,
+      "facts": 4,  # of a document; of the world, as the next eight
+      "stream_questions": 2,  # on each document
+      "held_out": 0.25,  # share of questions asked also in held-out words
+      "known": 256,  # questions on facts that the model knows itself
+      "changed": 0.1,  # share of documents that change a fact
+      "conflicts": 0.1,  # share of documents against known facts
+      "scaffold": 0.2,  # share of facts in the scaffold's order
+      "filler": 0.25,  # share of documents with a sentence of prose
+      "hard": 0.5,  # share of people that share a name part
+      "document_tokens": 52,  # of a document, for all learners
+      "long_documents": "truncate",  # or chunk, error
+      "chat": True,  # prompts in the embedded models' format; else bare
+    }
+  )
+
+
+def _finetune() -> ConfigDict:
+  return ConfigDict(
+    {
+      # Of Adam; the best on another stream is taken. MAC 6.5e-6, CaMeLS 2.5e-5.
+      "rates": (1e-5, 1e-4, 1e-3),
+      "tuning_documents": 100,
+      "finder": "rules",  # of salient spans; or spacy (CaMeLS)
+      "tfidf_threshold": 0.1,  # our choice
+      "remat": False,
+      # Question answering first, without documents; 0: not.
+      "qa_steps": 0,
+      "qa_rate": 2.5e-5,  # MAC
+      "qa_batch": 64,  # MAC
+      "qa_rows": 3000,  # of the source, the first; the world's known facts
+      "qa_source": "",
+    }
+  )
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Return the config; `arg` is one of NAMES."""
+  name = arg or "tiny"
+  if name not in NAMES:
+    raise ValueError(
+      f"configs/compare.py:{arg}: expected one of {', '.join(NAMES)}"
+    )
+  config = ConfigDict()
+  config.seed = 0  # of the learners
+  config.model = "tiny"  # embedded: tiny, nano; or a HF directory or hub id
+  config.base_dtype = "float32"
+  # Names of experiments.compare.LEARNERS, by commas.
+  config.learners = "closed_book,gold,in_context,bm25,bm25_1,uniform,salient"
+  config.data = _data()
+  config.ask = ConfigDict(
+    {
+      "decode": "greedy",  # or beam3, diverse12x4 (MAC)
+      "max_new_tokens": 4,
+      "max_question_tokens": 256,  # MAC
+      "batch_size": 64,  # documents or questions at once
+    }
+  )
+  config.prompt = ConfigDict(
+    {
+      "top_k": 4,  # documents that bm25 shows
+      # Of a prompt; 0: what the model's positions leave. The embedded models
+      # have seen rows of 160 tokens.
+      "max_tokens": 156,
+    }
+  )
+  config.finetune = _finetune()
+  config.retention = ConfigDict(
+    {
+      "first": 100,  # documents that are asked about again (MAC 200)
+      "step": 100,  # documents between two times (MAC 200)
+    }
+  )
+  config.noise = ConfigDict(
+    {
+      "percents": (0, 20, 40, 60, 80, 100),  # CMT; empty: no curve
+      "source": "distractors",  # of the world, or prose; or another source
+      "set": "squad",  # how that source's rows are read
+    }
+  )
+  config.sizes = ConfigDict(
+    {
+      "documents": (16, 100, 500),  # N of each memory; empty: no curve
+      "questions": 400,  # of the stream's, the same at every N
+    }
+  )
+  config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
+  if name == "paper":
+    _enlarge(config)
+  elif name == "smoke":
+    config.model = "nano"
+    config.data.update({"documents": 20, "known": 16})
+    config.finetune.update({"rates": (1e-3,), "tuning_documents": 8})
+    config.retention.update({"first": 8, "step": 6})
+    config.noise.percents = (0, 100)
+    config.sizes.update({"documents": (4, 20), "questions": 24})
+  return config
+
+
+def _enlarge(config: ConfigDict) -> None:
+  """Llama-2-7B on StreamingQA; the papers' values."""
+  config.model = "meta-llama/Llama-2-7b-hf"
+  config.base_dtype = "bfloat16"
+  config.data.update(
+    {
+      "source": "streamingqa", "set": "streamingqa", "train_share": 0.8,
+      "documents": 1665, "document_tokens": 512, "chat": False,
+    }
+  )  # fmt: skip
+  config.ask.update({"decode": "beam3", "max_new_tokens": 16})
+  config.prompt.max_tokens = 0
+  config.finetune.update(
+    {
+      "rates": (6.5e-6, 2.5e-5), "finder": "spacy", "remat": True,
+      "qa_steps": 625, "qa_rows": 40_000,
+    }
+  )  # fmt: skip
+  config.retention.update({"first": 200, "step": 200})
+  config.noise.update({"source": "squad", "set": "squad"})
+  config.sizes.update({"documents": (16, 100, 500, 1665), "questions": 1665})
+  config.mesh.fsdp = -1
+
+
+def get_sweep() -> list[Point]:
+  """Three streams, each with a seed of the learners of its own."""
+  return [
+    point | {"data.seed": point["seed"]} for point in grid({"seed": range(3)})
+  ]

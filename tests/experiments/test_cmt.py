@@ -1,0 +1,173 @@
+"""The whole experiment on a model of a few thousand weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import cmt as experiment
+from jaxmem import config as configs
+from jaxmem.data import world
+from jaxmem.methods import cmt_setup, cmt_streams, cmt_train
+from tests.experiments.conftest import StopAfter
+
+CONFIG = "configs/cmt.py:smoke"
+TINY = {
+  "order": "('many',)",
+  "mesh.data": 1,
+  "memory.head_dim": 4,
+  "memory.heads": 2,
+  "memory.blocks": 1,
+  "memory.lora_targets": "('q_proj',)",
+  "memory.lora_rank": 2,
+  "of_method.cmt.tokens": 2,
+  "of_method.mac.tokens": 2,
+  "stages.many.rows": 1,
+  "stages.many.steps": 4,
+  "stages.many.retrieved": 2,
+  "train.steps_per_call": 2,
+  "train.save_steps": 2,
+  "data.documents": 6,
+  "data.known": 2,
+  "eval.batch_size": 16,
+  "eval.max_new_tokens": 2,
+  "eval.ladder": "('top-16',)",
+}
+FILE = {
+  "data.documents": 0,
+  "data.train_share": 0.67,
+  "data.note": "pipeline check",
+  "data.document_tokens": 24,
+  "data.question_tokens": 40,
+  "data.answer_tokens": 50,
+  "memory.answer_labels": 8,
+  "stages.many.documents": 2,
+  "stages.many.asked": 1,
+  "stages.many.known": 0,
+}
+
+
+def make_config(model_dir, **changes):
+  values = TINY | {"model": str(model_dir)} | changes
+  return configs.apply(configs.load(CONFIG), values)
+
+
+def never(step):
+  del step
+  return False
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+  """A file of three articles with a paragraph and two questions each."""
+  articles = [
+    {
+      "title": name,
+      "paragraphs": [
+        {
+          "context": f"{name} is in {place}.",
+          "qas": [
+            {
+              "id": f"{name}{i}",
+              "question": f"Where is {name}?",
+              "answers": [{"text": place, "answer_start": 0}],
+            }
+            for i in range(2)
+          ],
+        }
+      ],
+    }
+    for name, place in (("Ann", "Rome"), ("Bob", "Oslo"), ("Cid", "Bern"))
+  ]
+  path = tmp_path_factory.mktemp("questions") / "squad.json"
+  path.write_text(json.dumps({"data": articles}))
+  return path
+
+
+def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
+  model_dir, questions, tmp_path
+):
+  """Articles of one file are split; the ids of those asked are written."""
+  config = make_config(model_dir, **FILE | {"data.source": str(questions)})
+  experiment.run(config, tmp_path / "whole", never)
+  experiment.run(config, tmp_path / "cut", StopAfter(1))
+  assert not (tmp_path / "cut" / "result.json").exists()
+  experiment.run(config, tmp_path / "cut", never)
+  found = [
+    json.loads((tmp_path / name / "ladder.json").read_text())
+    for name in ("whole", "cut")
+  ]
+  texts = [[a["text"] for a in f["top-16"]["answers"]] for f in found]
+  assert texts[0] == texts[1] and len(texts[0]) == 2
+  result = json.loads((tmp_path / "cut" / "result.json").read_text())
+  assert result["steps"] == 4 and result["documents"] == 1
+  assert 0 <= result["top"] <= 100 and "pipeline check" in result["note"]
+  assert result["parameters"]["total"] > 100
+  ids = json.loads((tmp_path / "cut" / cmt_streams.IDS_FILE).read_text())
+  assert len(ids["rows"]) == 2
+
+  # Trained weights are asked again without training, to the same answers.
+  config.start, config.order = str(tmp_path / "whole" / "memory"), ()
+  experiment.run(config, tmp_path / "again", never)
+  ladder = json.loads((tmp_path / "again" / "ladder.json").read_text())
+  assert [a["text"] for a in ladder["top-16"]["answers"]] == texts[0]
+
+
+def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
+  config = make_config(model_dir)
+  (stage,) = cmt_setup.make_stages(config)
+  source = cmt_train.world_source(world.make_world(), 0)
+  first, second = (source.batch_at(stage, step) for step in (0, 1))
+  assert first["row"].tolist() == [0] and second["row"].tolist() == [1]
+  rows = jax.eval_shape(lambda batch: source.rows(stage, batch), first)
+  assert rows.documents.ids.shape == (1, 4, 52)
+  assert rows.questions.ids.shape == (1, 3, 16)  # two asked about, one known
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"method": "rag"}, "method is 'rag'"),
+    ({"order": "()"}, "order names no stage"),
+    ({"order": "('three',)"}, "the stage 'three'"),
+    ({"stages.many.rows": 0}, "stages.many.rows is 0"),
+    ({"eval.ladder": "('best',)"}, "eval.ladder"),
+    ({"eval.decode": "sampling"}, "eval.decode"),
+    ({"train.rate": 0.0}, "train.rate is 0.0"),
+    ({"start": "nowhere"}, "nowhere"),
+    ({"memory.compressor": "t5"}, "give config.t5.documents"),
+    ({"data.source": "none.json"}, "none.json"),
+    ({"data.source": "x.csv", "data.set": "trivia"}, "data.set is 'trivia'"),
+  ],
+)
+def test_wrong_settings_stop_before_anything_is_compiled(
+  model_dir, tmp_path, changes, message
+):
+  with pytest.raises(ValueError, match=message):
+    experiment.run(make_config(model_dir, **changes), tmp_path, never)
+
+
+def test_the_three_methods_differ_as_said():
+  config = configs.load("configs/cmt.py:tiny")
+  found = {}
+  for name in cmt_setup.METHODS:
+    configs.apply(config, {"method": name})
+    settings = cmt_setup.make_settings(config)
+    stage = dict(cmt_setup.make_stages(config)[-1].changes)
+    found[name] = (settings.alpha, settings.beta, settings.num_codes, stage)
+  assert found["mac"][:3] == (0, 0, 0) and found["mbc"][:3] == (0, 0, 512)
+  assert found["cmt"][0] > 0 and "train_retrieved" not in found["mac"][3]
+  assert found["cmt"][3]["train_retrieved"] == 16
+
+
+def test_paper_configs_are_whole():
+  config = configs.load("configs/cmt.py:paper")
+  for name in cmt_setup.METHODS:
+    configs.apply(config, {"method": name})
+    settings, (stage,) = (
+      cmt_setup.make_settings(config), cmt_setup.make_stages(config),
+    )  # fmt: skip
+    assert settings.tokens == 24 and stage.documents == 32
+    assert settings.num_kept(stage.shape.documents) == 1
+    assert np.isclose(cmt_setup.make_training(config, 1000).rate, 1e-4)

@@ -1,0 +1,184 @@
+"""Learners on a stream of six documents, and what is written about them."""
+
+import json
+import pathlib
+
+import pytest
+
+from experiments import compare, runs, sweep
+from jaxmem import config as configs
+from jaxmem.data.streams import Document, Question, Stream
+from jaxmem.methods import compare_setup
+from tests.experiments.conftest import StopAfter
+
+CONFIG = "configs/compare.py"
+TINY = {
+  "learners": "closed_book,bm25_1,uniform",
+  "data.documents": 6,
+  "data.known": 1,
+  "data.held_out": 0.0,
+  "data.stream_questions": 1,
+  "data.changed": 0.0,
+  "data.conflicts": 0.0,
+  "data.document_tokens": 32,
+  "ask.max_new_tokens": 2,
+  "ask.batch_size": 8,
+  "finetune.rates": "(1e-3, 1e-2)",
+  "finetune.tuning_documents": 2,
+  "retention.first": 3,
+  "retention.step": 3,
+  "noise.percents": "(0, 50)",
+  "sizes.documents": "(2, 6)",
+}
+
+
+def never(step):
+  return False
+
+
+def make_config(model_dir, **changes):
+  values = TINY | {"model": str(model_dir)} | changes
+  return configs.apply(configs.load(CONFIG), values)
+
+
+def run(model_dir, workdir, stop=never, **changes):
+  compare.run(make_config(model_dir, **changes), workdir, stop)
+
+
+def files(workdir):
+  return {
+    str(path.relative_to(workdir)): json.loads(path.read_text())
+    for path in sorted(workdir.rglob("*.json"))
+  }
+
+
+@pytest.fixture(scope="module")
+def whole(model_dir, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("whole")
+  run(model_dir, workdir)
+  return workdir
+
+
+def test_one_table_of_all(whole):
+  found = files(whole)
+  names = TINY["learners"].split(",")
+  parts = [f"{p}/{n}.json" for p in ("results", *compare.CURVES) for n in names]
+  assert set(found) == {*parts, "result.json", "tuned/uniform.json"}
+  result = found["result.json"]
+  for name in names:
+    numbers = result[name]
+    assert numbers["all/count"] == 6 and numbers["known/count"] == 1
+    assert 0 <= numbers["all/em"] <= 100
+    assert found[f"retention/{name}.json"][0]["documents"] == 3
+    assert len(found[f"retention/{name}.json"]) == 2
+    assert [p["noise"] for p in found[f"noise/{name}.json"]] == [0, 50]
+    assert [p["documents"] for p in found[f"sizes/{name}.json"]] == [2, 6]
+  assert result["closed_book"]["question_time"] == 1
+  assert result["closed_book"]["bytes_per_document"] == 0
+  assert result["bm25_1"]["all/recall@1"] > 50
+  assert result["uniform"]["trials"] == 2
+  assert result["uniform"]["bytes_per_document"] > 1000
+  assert found["tuned/uniform.json"]["rate"] in (1e-3, 1e-2)
+  text = (whole / "report.md").read_text()
+  assert "| bm25_1\\* |" in text and "| uniform |" in text
+  for name in ("sizes.png", "noise.png", "retention.png"):
+    assert f"({name})" in text and (whole / name).stat().st_size > 5000
+  (row,) = runs.find_runs([whole])
+  assert row.result["uniform.all/em"] == result["uniform"]["all/em"]
+
+
+def test_stopped_anywhere_it_goes_on(model_dir, whole, tmp_path):
+  changes = {"learners": "closed_book,bm25_1"}
+  polls, restarts = 3, 0
+  while not (tmp_path / "result.json").exists():
+    run(model_dir, tmp_path, StopAfter(polls), **changes)
+    polls, restarts = polls + 6, restarts + 1
+  assert restarts > 2
+  ours, theirs = files(tmp_path), files(whole)
+  for name, value in ours.items():
+    if name.startswith("results"):
+      value, other = value["result"], theirs[name]["result"]
+      assert value["answers"] == other["answers"], name
+    elif name != "result.json":
+      assert value == theirs[name], name
+
+
+def test_what_was_done_is_not_done_again(model_dir, whole, monkeypatch):
+  for name in compare.LEARNERS:
+    monkeypatch.setitem(compare.LEARNERS, name, None)
+  before = files(whole)
+  run(model_dir, whole)
+  assert files(whole) == before
+
+
+def test_questions_and_answers_come_first(model_dir, tmp_path):
+  config = make_config(model_dir, **{"finetune.qa_steps": 2,
+    "finetune.qa_batch": 2, "finetune.qa_rows": 3})  # fmt: skip
+  base = compare_setup.load_base(config, tmp_path, never)
+  moved, tokens = compare_setup.pretrained(config, base)
+  assert tokens > 20
+  again, same = compare_setup.pretrained(config, base)
+  assert same == tokens and again.weights is not moved.weights
+  for a, b in zip(moved.weights["norm"]["scale"], again.weights["norm"]["scale"],
+                  strict=True):  # fmt: skip
+    assert a == b
+  stopped = base._replace(
+    workdir=tmp_path / "b", hooks=base.hooks._replace(stop=lambda step: True)
+  )
+  assert compare_setup.pretrained(config, stopped) is None
+
+
+def test_noise_of_every_kind(model_dir, tmp_path):
+  config = make_config(model_dir, **{"noise.source": "prose"})
+  base = compare_setup.load_base(config, tmp_path, never)
+  stream = Stream("s", (Document(0, "x"),), (Question(0, "Who?", ("y",), 0),))
+  config.noise.percents = (0, 200)
+  found = compare_setup.noisy_streams(config, base, stream)
+  assert [len(found[p].documents) for p in (0, 200)] == [1, 3]
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"learners": "closed_bok"}, "did you mean 'closed_book'"),
+    ({"learners": " ,"}, "learners is empty; known: closed_book, gold"),
+    ({"ask.decode": "beam"}, "decode is 'beam'; allowed"),
+    ({"base_dtype": "int8"}, "base_dtype is 'int8'"),
+    ({"data.long_documents": "cut"}, "data.long_documents is 'cut'"),
+    ({"data.long_documents": "error", "data.document_tokens": 3}, "over max_"),
+    ({"finetune.finder": "x"}, "finder is 'x'"),
+    ({"finetune.rates": "()"}, "finetune.rates is empty"),
+    ({"finetune.rates": "(0.0,)"}, "rate is 0.0"),
+    ({"retention.step": 0}, "retention.step is 0"),
+    ({"noise.percents": "(20,)"}, "0 must be among them"),
+    ({"data.source": "x.json"}, "name another source, or set noise.percents"),
+    ({"prompt.max_tokens": 999}, "max_prompt_tokens is 999"),
+    ({"prompt.top_k": 0, "learners": "bm25"}, "top_k is 0"),
+    ({"model": "none"}, "none"),
+  ],
+)  # fmt: skip
+def test_settings_that_do_not_go(model_dir, tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    run(model_dir, tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", ["smoke", "tiny"])
+def test_every_config_goes_together(name):
+  compare_setup.check_config(configs.load(f"{CONFIG}:{name}"))
+  with pytest.raises(ValueError, match="expected one of smoke, tiny, paper"):
+    configs.load(f"{CONFIG}:big")
+
+
+def test_every_value_of_the_config_is_read():
+  names = ("compare_setup", "cmt_streams", "base")
+  paths = [pathlib.Path("jaxmem/methods") / f"{name}.py" for name in names]
+  paths.append(pathlib.Path("experiments/compare.py"))
+  code = "\n".join(path.read_text() for path in paths)
+  for name in configs.flatten(configs.load(CONFIG)):
+    assert f".{name.rpartition('.')[2]}" in code, name
+
+
+def test_every_point_of_the_sweep(tmp_path):
+  points = sweep.make_points(CONFIG, tmp_path, experiment="experiments.compare")
+  seeds = [point.overrides for point in points]
+  assert seeds == [{"seed": s, "data.seed": s} for s in range(3)]
