@@ -141,6 +141,75 @@ def _data() -> ConfigDict:
   )
 
 
+def _train() -> ConfigDict:
+  return ConfigDict(
+    {
+      "rate": 1e-4,  # our reading (MAC: 1e-5, and 1e-4 for DistilGPT2)
+      "t5_scale": 0.1,  # factor on the rate of T5s; our reading
+      "schedule": "constant",  # MAC; or cosine, linear
+      "warmup_percent": 1.0,  # MAC
+      "end_ratio": 0.0,  # the rate falls to this share of it
+      "b1": 0.9,
+      "b2": 0.999,
+      "weight_decay": 0.0,  # MAC
+      "clip_norm": 1.0,  # our reading (MAC: 100)
+      "base_dtype": "bfloat16",  # of the language model's weights
+      "remat": True,
+      "steps_per_call": 1,
+      "save_steps": 200,
+      "log_steps": 50,
+    }
+  )
+
+
+def _eval() -> ConfigDict:
+  return ConfigDict(
+    {
+      "every_steps": 500,  # probe during training; 0: never
+      "probe_documents": 256,
+      "score": "match",  # or oracle, random, shuffled, none: diagnoses
+      # Ways to ask the bank at the end of a run; known in cmt_setup.RUNGS.
+      "ladder": (
+        "own memory",
+        "top-16",
+        "top-4",
+        "top-1",
+        "all",
+        "random 16",
+        "shuffled",
+        "no memory",
+      ),
+      "policy": "none",  # of a full bank: fifo, random_prune, ..
+      "capacity": 0,  # slots of the bank; 0: the stream's documents
+      "decode": "beam3",  # or greedy, diverse12x4 (MAC)
+      "max_new_tokens": 16,  # MAC
+      "batch_size": 64,
+    }
+  )
+
+
+def _paper(config: ConfigDict) -> None:
+  config.model = "meta-llama/Llama-2-7b-hf"
+  config.order = ("pairs",)
+  # MAC: 32 documents a bank, of which a quarter has a gradient and is asked
+  # about, and 32 questions a step; 50 epochs of 21,000 documents.
+  config.stages.pairs = _stage(
+    steps=33_000, banks=4, rows=8, asked=1, questions=1, keep=0.25
+  )
+  config.memory.injector = "bottleneck"  # our reading, at 7B
+  config.t5.update(
+    {"documents": "google-t5/t5-large", "questions": "google-t5/t5-base"}
+  )
+  config.data.update(
+    {
+      "set": "streamingqa", "source": "streamingqa_test.csv",
+      "train_source": "streamingqa_train.csv", "train_share": 1.0,
+      "documents": 1665, "document_tokens": 512, "question_tokens": 104,
+      "answer_tokens": 128, "chat": False,
+    }
+  )  # fmt: skip
+
+
 def _tiny(config: ConfigDict) -> None:
   config.memory.update(
     {
@@ -165,91 +234,6 @@ def _tiny(config: ConfigDict) -> None:
   config.of_method.cmt.update({"tokens": 8, "beta": 0.3, "score_weight": 10.0})
   config.of_method.mac.tokens = 8
   config.of_method.mbc.update({"tokens": 8, "kv_lora_rank": 4})
-
-
-def get_config(arg: str = "") -> ConfigDict:
-  """Return the config; `arg` is one of NAMES."""
-  name = arg or "tiny"
-  if name not in NAMES:
-    raise ValueError(
-      f"configs/cmt.py:{arg}: expected one of {', '.join(NAMES)}"
-    )
-  config = ConfigDict()
-  config.seed = 0
-  config.model = "tiny" if name != "paper" else "meta-llama/Llama-2-7b-hf"
-  config.method = "cmt"  # or mac, mbc
-  config.start = ""  # directory of trained weights to go on from
-  config.export = ""  # directory for the trained weights; empty: WORKDIR/memory
-  config.export_dtype = "float32"  # or bfloat16
-  config.profile = ()  # (start, n): trace these steps
-  # T5s that the compressors start from, with memory.compressor=t5 (MAC, MBC).
-  config.t5 = ConfigDict({"documents": "", "questions": ""})
-  config.data = _data()
-  config.memory = _memory()
-  config.of_method = _of_method()
-  config.stages = ConfigDict()
-  config.order = ()
-  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-  config.train = ConfigDict(
-    {
-      "rate": 1e-4,  # our reading (MAC: 1e-5, and 1e-4 for DistilGPT2)
-      "t5_scale": 0.1,  # factor on the rate of T5s; our reading
-      "schedule": "constant",  # MAC; or cosine, linear
-      "warmup_percent": 1.0,  # MAC
-      "end_ratio": 0.0,  # the rate falls to this share of it
-      "b1": 0.9,
-      "b2": 0.999,
-      "weight_decay": 0.0,  # MAC
-      "clip_norm": 1.0,  # our reading (MAC: 100)
-      "base_dtype": "bfloat16",  # of the language model's weights
-      "remat": True,
-      "steps_per_call": 1,
-      "save_steps": 200,
-      "log_steps": 50,
-    }
-  )
-  config.eval = ConfigDict(
-    {
-      "every_steps": 500,  # probe during training; 0: never
-      "probe_documents": 256,
-      "score": "match",  # or oracle, random, shuffled, none: diagnoses
-      # Ways to ask the bank at the end of a run; known in cmt_setup.RUNGS.
-      "ladder": (
-        "own memory",
-        "top-16",
-        "top-4",
-        "top-1",
-        "all",
-        "random 16",
-        "shuffled",
-        "no memory",
-      ),
-      "policy": "none",  # of a full bank: fifo, random_prune, ..
-      "capacity": 0,  # slots of the bank; 0: the stream's documents
-      "decode": "beam3",  # or greedy, diverse12x4 (MAC)
-      "max_new_tokens": 16,  # MAC
-      "batch_size": 64,
-    }
-  )
-  if name == "paper":
-    config.order = ("pairs",)
-    # MAC: 32 documents a bank, of which a quarter has a gradient and is asked
-    # about, and 32 questions a step; 50 epochs of 21,000 documents.
-    config.stages.pairs = _stage(
-      steps=33_000, banks=4, rows=8, asked=1, questions=1, keep=0.25
-    )
-    config.memory.injector = "bottleneck"  # our reading, at 7B
-    config.t5.update(
-      {"documents": "google-t5/t5-large", "questions": "google-t5/t5-base"}
-    )
-    config.data.update(
-      {
-        "source": "streamingqa", "documents": 1665, "document_tokens": 512,
-        "question_tokens": 104, "answer_tokens": 128, "chat": False,
-      }
-    )  # fmt: skip
-    return config
-  _tiny(config)
   config.train.update(
     {
       "rate": 2e-3, "schedule": "cosine", "end_ratio": 0.05, "b2": 0.98,
@@ -268,20 +252,55 @@ def get_config(arg: str = "") -> ConfigDict:
   config.stages.many = _stage(
     steps=450, rows=16, asked=2, keep=0.5, known=1, retrieved=16
   )
+
+
+def _smoke(config: ConfigDict) -> None:
+  config.model = "nano"
+  config.memory.head_dim = 16
+  for stage in config.stages.values():
+    stage.update({"steps": 4, "rows": 2, "questions": 1})
+  config.stages.many.retrieved = 4
+  config.data.update({"documents": 12, "known": 8})
+  config.train.update({"steps_per_call": 2, "log_steps": 2, "save_steps": 4})
+  config.eval.update(
+    {
+      "every_steps": 0, "batch_size": 32,
+      "ladder": ("own memory", "top-4", "no memory"),
+    }
+  )  # fmt: skip
+
+
+def get_config(arg: str = "") -> ConfigDict:
+  """Return the config; `arg` is one of NAMES."""
+  name = arg or "tiny"
+  if name not in NAMES:
+    raise ValueError(
+      f"configs/cmt.py:{arg}: expected one of {', '.join(NAMES)}"
+    )
+  config = ConfigDict()
+  config.seed = 0
+  config.model = "tiny"
+  config.method = "cmt"  # or mac, mbc
+  config.start = ""  # directory of trained weights to go on from
+  config.export = ""  # directory for the trained weights; empty: WORKDIR/memory
+  config.export_dtype = "float32"  # or bfloat16
+  config.profile = ()  # (start, n): trace these steps
+  # T5s that the compressors start from, with memory.compressor=t5 (MAC, MBC).
+  config.t5 = ConfigDict({"documents": "", "questions": ""})
+  config.data = _data()
+  config.memory = _memory()
+  config.of_method = _of_method()
+  config.stages = ConfigDict()
+  config.order = ()
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  config.train = _train()
+  config.eval = _eval()
+  if name == "paper":
+    _paper(config)
+    return config
+  _tiny(config)
   if name == "smoke":
-    config.model = "nano"
-    config.memory.head_dim = 16
-    for stage in config.stages.values():
-      stage.update({"steps": 4, "rows": 2, "questions": 1})
-    config.stages.many.retrieved = 4
-    config.data.update({"documents": 12, "known": 8})
-    config.train.update({"steps_per_call": 2, "log_steps": 2, "save_steps": 4})
-    config.eval.update(
-      {
-        "every_steps": 0, "batch_size": 32,
-        "ladder": ("own memory", "top-4", "no memory"),
-      }
-    )  # fmt: skip
+    _smoke(config)
   return config
 
 

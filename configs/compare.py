@@ -90,8 +90,8 @@ def get_config(arg: str = "") -> ConfigDict:
     {
       "top_k": 4,  # documents that bm25 shows
       # Of a prompt; 0: what the model's positions leave. The embedded models
-      # have seen rows of 160 tokens.
-      "max_tokens": 156,
+      # have seen rows of 208 tokens.
+      "max_tokens": 204,
     }
   )
   config.finetune = _finetune()

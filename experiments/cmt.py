@@ -68,6 +68,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Train, fill a bank with a stream, ask, write the results."""
   stages = cmt_setup.make_stages(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
+  cmt_setup.ladder(config, len(stream.documents))
   base = cmt_setup.load_base(config)
   exp = Experiment(config, workdir, stop, base, stages)
   params, record = start(exp), {"steps": 0, "tokens": 0}

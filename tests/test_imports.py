@@ -55,7 +55,7 @@ COMPILERS = {"jit", "pjit", "pmap"}
 MAY_COMPILE = ("jaxmem/training/parallel.py", "jaxmem/models/generate.py")
 
 # Imported inside functions only, with an error that says how to install them.
-OPTIONAL = {"datasets", "jieba", "wandb"}
+OPTIONAL = {"datasets", "jieba", "spacy", "wandb"}
 FORBIDDEN = {"pickle", "tensorflow", "torch"}
 
 MODULE_LINES = {"experiments": 300, "tests": 800}  # else 400

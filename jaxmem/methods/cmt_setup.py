@@ -55,14 +55,18 @@ def make_settings(config: ConfigDict) -> Settings:
   Raises:
     ValueError: an unknown method or value.
   """
-  check("method", config.method, tuple(METHODS))
   own = {k: v for k, v in own_settings(config).items() if k != "retrieved"}
   given = {k: v for k, v in config.memory.items() if v is not None}
   return METHODS[config.method](**given, **own)
 
 
 def own_settings(config: ConfigDict) -> dict[str, Any]:
-  """Fields in which the config's method differs from the others."""
+  """Fields in which the config's method differs from the others.
+
+  Raises:
+    ValueError: an unknown method.
+  """
+  check("method", config.method, tuple(METHODS))
   return config.of_method[config.method].to_dict()
 
 

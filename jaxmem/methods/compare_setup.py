@@ -75,7 +75,8 @@ def check_config(config: ConfigDict) -> None:
       f"noise.percents is {config.noise.percents}; 0 must be among them, or "
       "leave it empty"
     )
-  if config.data.source != WORLD and config.noise.source in NOISE:
+  of_world = config.noise.percents and config.noise.source in NOISE
+  if config.data.source != WORLD and of_world:
     raise ValueError(
       f"noise.source is {config.noise.source}, of the world, and data.source "
       f"{config.data.source}: name another source, or set noise.percents=()"
