@@ -42,6 +42,12 @@ shipped: $(STAMP)  ## retrain every shipped weight (CPU or accelerator)
 	    --workdir=out/shipped/$$model --config.export=jaxmem/models/$$model \
 	    $(ARGS) || exit 1; \
 	done
+	for method in cmt; do \
+	  $(RUN) -m experiments.cmt --config=configs/cmt.py:tiny \
+	    --workdir=out/shipped/$$method --config.method=$$method \
+	    --config.export=jaxmem/methods/weights/$$method \
+	    --config.export_dtype=bfloat16 $(ARGS) || exit 1; \
+	done
 
 clean:  ## remove .venv and caches, keep out/
 	rm -rf $(VENV) .pytest_cache .ruff_cache

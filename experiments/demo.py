@@ -2,10 +2,11 @@
 
     make demo        # or: python -m experiments.demo --workdir=out/demo
 
-REMIX's two stages with and without mixing, and a new task learned by an adapter
-alone and with IMSM, at smoke size; prints a table each and writes plots. The
-sizes are for looking, not for conclusions: the experiments' `tiny` configs are
-the ones that are measured.
+REMIX's two stages with and without mixing, a new task learned by an adapter
+alone and with IMSM, at smoke size, and a stream of documents written into CMT's
+bank by trained weights that come with the package; prints a table each and
+writes plots. The sizes are for looking, not for conclusions: the experiments'
+`tiny` configs are the ones that are measured.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from experiments import imsm, remix, report
+from experiments import cmt, imsm, remix, report
 from experiments.runs import find_runs
 from experiments.sweep import RESULT_FILE
 from jaxmem import config as configs
@@ -34,10 +35,19 @@ class Part(NamedTuple):
   run: Callable[..., None]
   variants: Mapping[str, Mapping[str, Any]]
   columns: str
+  preset: str = "smoke"  # of its config
 
 
 # Scored by teacher forcing: the same answers in half the time.
 FORCED = {"eval.generate": False, "eval.every_steps": 0}
+BANK = {
+  "start": "cmt",
+  "order": (),  # nothing is trained
+  "data.documents": 100,
+  "data.known": 64,
+  "data.held_out": 0.0,
+  "eval.ladder": ("own memory", "top-16", "shuffled", "no memory"),
+}
 ALONE = FORCED | {"gate.mode": "none"}
 PARTS = (
   Part(
@@ -61,6 +71,13 @@ PARTS = (
     },
     "target,target_gain,others,others_change,perplexity,parameters.total,steps",
   ),
+  Part(
+    "CMT",
+    cmt.run,
+    {"100 documents in the bank": BANK},
+    "own,top,recall,shuffled,closed_book,known,known_alone,documents",
+    preset="tiny",
+  ),
 )
 
 
@@ -72,8 +89,10 @@ def run_part(part: Part, workdir: pathlib.Path, stop: launch.Stop) -> bool:
       print(f"{place} {part.name}, {name}: done before")
       continue
     print(f"{place} {part.name}, {name}", flush=True)
-    config = configs.load(f"{CONFIGS / part.name.lower()}.py:smoke")
-    configs.apply(config, {**overrides, "cache": "../stages"})
+    config = configs.load(f"{CONFIGS / part.name.lower()}.py:{part.preset}")
+    if "cache" in config:
+      overrides = {**overrides, "cache": "../stages"}
+    configs.apply(config, overrides)
     quiet = contextlib.redirect_stdout(io.StringIO())  # its whole result.json
     with launch.records(config, folder), quiet:
       part.run(config, folder, stop)

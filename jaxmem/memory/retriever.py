@@ -11,6 +11,7 @@ Axes: C vectors of a text, D width, E key width, B documents or questions, G
 questions, M slots of a bank, R retrieved. Norms, losses and scores in float32.
 """
 
+import functools
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -151,19 +152,21 @@ def _default_block(rows, slots):
   return min(max(_BLOCK_SCORES // rows, 1024), 16384)
 
 
-def _products(query, keys, valid):
-  scores = jnp.matmul(
-    query, keys.T, precision="highest", preferred_element_type=jnp.float32
-  )
-  return jnp.where(valid[None], scores, -jnp.inf)
-
-
 def _scan(query, keys, valid, k, block):
   """The k best of one device: values and slots [B, k]."""
   slots, rows = keys.shape[0], query.shape[0]
   block = min(block, slots)
   group = _GROUP if block >= _GROUP * k else 1
   groups = -(-block // group)  # members of a group are that far apart
+
+  def scored(keys, valid):
+    scores = jnp.matmul(
+      query, keys.T, precision="highest", preferred_element_type=jnp.float32
+    )
+    if missing := groups * group - block:
+      scores = jnp.pad(scores, ((0, 0), (0, missing)))
+      valid = jnp.pad(valid, (0, missing))
+    return scores.reshape(rows, group, groups), valid.reshape(group, groups)
 
   def one(i, state):
     # The last block begins earlier, and leaves out what was there before.
@@ -172,8 +175,7 @@ def _scan(query, keys, valid, k, block):
       jax.lax.dynamic_slice_in_dim(x, start, block) for x in (keys, valid)
     ]
     new = start + jnp.arange(block) >= i * block
-    scores = _products(query, part[0], part[1] & new)
-    return _merge(state, start, _grouped(scores, group))
+    return _merge(state, start, *scored(part[0], part[1] & new))
 
   # Of the inputs, so that shard_map knows that it differs between devices.
   nowhere = jnp.isnan(query[:, :1]) & valid[None, :1] & jnp.bool_(False)
@@ -181,8 +183,7 @@ def _scan(query, keys, valid, k, block):
   first = jnp.broadcast_to(nowhere.astype(jnp.int32), (rows, k))
   state = (top, first, jnp.broadcast_to(top[:, None], (rows, group, k)))
   if block == slots:
-    scores = _products(query, keys, valid)
-    state = _merge(state, 0, _grouped(scores, group))
+    state = _merge(state, 0, *scored(keys, valid))
   else:
     state = jax.lax.fori_loop(0, -(-slots // block), one, state)
   values, best = jax.lax.top_k(state[2].reshape(rows, group * k), k)
@@ -190,25 +191,24 @@ def _scan(query, keys, valid, k, block):
   return values, first + best // k * groups
 
 
-def _grouped(scores, group):
-  """[B, block] to [B, group, groups], filled up with what is never chosen."""
-  rows, block = scores.shape
-  missing = -block % group
-  if missing:
-    scores = jnp.pad(scores, ((0, 0), (0, missing)), constant_values=-jnp.inf)
-  return scores.reshape(rows, group, -1)
-
-
-def _merge(state, start, scores):
+def _merge(state, start, scores, valid):
   """Keep the best k of the groups kept so far and those of a block.
 
   Args:
-    state: best score [B, k], first slot [B, k], all scores [B, group, k] of
+    state: best score [B, k], first slot [B, k] and all scores [B, group, k] of
       the groups kept.
     start: the block's first slot.
-    scores: of `_grouped`.
+    scores: [B, group, groups], whatever is not valid too.
+    valid: [group, groups].
   """
-  best, k = scores.max(axis=1), state[0].shape[1]
+  k, lowest = state[0].shape[1], -jnp.inf
+  # In place of max(axis=1), which a CPU takes one by one.
+  best = functools.reduce(
+    jnp.maximum,
+    (
+      jnp.where(valid[i][None], scores[:, i], lowest) for i in range(len(valid))
+    ),
+  )
 
   def merge(state):
     top, first, members = state
@@ -216,12 +216,10 @@ def _merge(state, start, scores):
     old, fresh = jnp.minimum(chosen, k - 1), jnp.maximum(chosen - k, 0)
     is_new, take = chosen >= k, jnp.take_along_axis
     first = jnp.where(is_new, start + fresh, take(first, old, axis=1))
-    members = jnp.where(
-      is_new[:, None],
-      take(scores, fresh[:, None], axis=2),
-      take(members, old[:, None], axis=2),
-    )
-    return top, first, members
+    come = take(scores, fresh[:, None], axis=2)
+    come = jnp.where(valid[:, fresh].swapaxes(0, 1), come, lowest)
+    stay = take(members, old[:, None], axis=2)
+    return top, first, jnp.where(is_new[:, None], come, stay)
 
   better = (best.max(axis=1) > state[0][:, -1]).any()
   return jax.lax.cond(better, merge, lambda state: state, state)

@@ -64,9 +64,15 @@ def make_learner(
     answer=functools.partial(
       functools.partial(answer, model, reading, readout), weights
     ),
-    size=lambda state: bank.statistics(state).bytes,
+    size=num_bytes,
     batch_size=reading.batch_size,
   )
+
+
+def num_bytes(state: bank.Bank) -> int:
+  """Bytes of the slots that hold a document; free ones are not counted."""
+  found = bank.statistics(state)
+  return int(found.fill) * found.bytes_per_document
 
 
 def empty_bank(

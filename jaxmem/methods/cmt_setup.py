@@ -12,26 +12,15 @@ from jaxmem.methods import base as base_model
 from jaxmem.methods import cmt, cmt_train, mac, mbc
 from jaxmem.methods.cmt_batches import Reading
 from jaxmem.methods.cmt_settings import Settings
+from jaxmem.methods.prompt_learners import decoding
 from jaxmem.methods.remix import check
 from jaxmem.models import decoder, huggingface
 from jaxmem.models.encoder_decoder_config import EncoderDecoderConfig
 from jaxmem.models.fingerprint import fingerprint
-from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import optimizer, parallel
 
 METHODS = {"cmt": Settings, "mac": mac.settings, "mbc": mbc.settings}
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-DECODING = {
-  "greedy": {},
-  "beam3": {"method": "beam", "num_beams": 3},
-  "diverse12x4": {
-    "method": "beam",
-    "num_beams": 12,
-    "num_groups": 4,
-    "diversity_penalty": 10.0,
-    "early_stopping": True,
-  },
-}
 
 
 class Base(NamedTuple):
@@ -217,13 +206,9 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
     ValueError: an unknown value, or more retrieved than the bank holds.
   """
   asked, data = config.eval, config.data
-  check("eval.decode", asked.decode, tuple(DECODING))
-  decode = GenerateSettings(
-    max_new_tokens=asked.max_new_tokens, **DECODING[asked.decode]
-  )
   given = {
     "capacity": asked.capacity or documents,
-    "decode": decode,
+    "decode": decoding(asked.decode, asked.max_new_tokens),
     "retrieved": min(retrieved(config), documents),
     "score": asked.score,
     "policy": asked.policy,

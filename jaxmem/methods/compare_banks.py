@@ -1,0 +1,73 @@
+"""Trained CMT, MAC and MBC among the learners that are compared."""
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jaxmem.data.streams import Stream
+from jaxmem.memory import bank
+from jaxmem.methods import cmt, cmt_files, cmt_learner
+from jaxmem.methods.cmt_batches import Reading
+from jaxmem.methods.compare_setup import Base, Made
+from jaxmem.training.learners import compile_learner
+
+MAC, MBC = "mac", "mbc"
+RETRIEVED = 16  # documents a question draws on, of CMT; the others read all
+
+
+def banked(
+  name: str, method: str, **changes: Any
+) -> Callable[[ConfigDict, Base, Stream], Made]:
+  """Make the builder of a learner that answers from a bank.
+
+  Args:
+    name: of the learner.
+    method: whose weights, `config.banks[method]`.
+    changes: fields of `Reading` to set otherwise.
+  """
+
+  def build(config: ConfigDict, base: Base, stream: Stream) -> Made:
+    directory = pathlib.Path(cmt_files.find(config.banks[method]))
+    saved, loaded = cmt_files.describe(directory), base.reader.loaded
+    if saved.method != method:
+      raise ValueError(
+        f"banks.{method}={directory} holds weights of {saved.method}: give a "
+        f"run of experiments.cmt with --config.method={method}"
+      )
+    if saved.settings.compressor == "t5":
+      raise ValueError(
+        f"banks.{method}={directory} has T5s as compressors, which compare "
+        "does not load; use experiments.cmt for them"
+      )
+    model = cmt.Model(loaded.config, saved.settings)
+    params = cmt_files.load(directory, model, loaded.weights, base.name)
+    # Room for the noise curve, which at most doubles the stream.
+    capacity = bank.next_capacity(2 * len(stream.documents))
+    given = {
+      "capacity": capacity,
+      "decode": base.reader.decode,
+      "retrieved": 0 if method in (MAC, MBC) else min(RETRIEVED, capacity),
+      "batch_size": base.reader.batch_size,
+      "max_document_tokens": config.data.document_tokens,
+      "max_question_tokens": config.ask.max_question_tokens,
+      "chat": config.data.chat,
+    }
+    learner = cmt_learner.make_learner(
+      name,
+      model,
+      cmt_learner.Weights(loaded.weights, params),
+      Reading(**(given | changes)),
+      loaded.tokenizer,
+    )
+    return Made(compile_learner(learner, loaded.mesh), _tokens(directory))
+
+  return build
+
+
+def _tokens(directory: pathlib.Path) -> int | None:
+  """Token positions that the weights were trained on, if the file says."""
+  found = json.loads((directory / cmt_files.SETTINGS_FILE).read_text())
+  return found["record"].get("tokens")
