@@ -30,6 +30,7 @@ from benchmarks.bank_jaxmem import (
   ONE,
   READ,
   SCAN,
+  SLOT_BYTES,
 )
 from benchmarks.contest import Entry, Ratio
 
@@ -102,7 +103,7 @@ def scan(args: argparse.Namespace, documents: int) -> dict[str, Any]:
     entries.append(Entry(FAISS, "scan-faiss", spec))
   arms = _alternate(args, entries)
   print(f"\nsearch of {documents} keys, {args.queries} queries at once")
-  print(table(arms, 4 * documents * args.width))
+  print(table(arms, dict.fromkeys(arms, 4 * documents * args.width)))
   made = {name: arm.pop("made") for name, arm in arms.items() if "made" in arm}
   same = {name: agreement(made[BLOCKS], rows) for name, rows in made.items()}
   for name in (ONE, FAISS):
@@ -122,7 +123,7 @@ def agreement(one: Sequence[Sequence[int]], other: Sequence) -> float:
 
 def write(args: argparse.Namespace) -> dict[str, Any]:
   """Write documents to banks of all sizes and with all policies."""
-  entries, common = [], {"threads": args.threads}
+  entries, held, common = [], {}, {"threads": args.threads}
   for documents in args.documents:
     arms = [("none", True), ("none", False), ("fifo", True)]
     if documents <= SLOW_UP_TO:
@@ -131,10 +132,11 @@ def write(args: argparse.Namespace) -> dict[str, Any]:
       name = f"{policy}{'' if check else ', unchecked'}, {documents} slots"
       spec = {"documents": documents, "policy": policy, "deduplicate": check}
       entries.append(Entry(name, "write-bank", spec | common))
+      held[name] = documents * SLOT_BYTES
   # One after the other: together the largest would not fit.
   arms = {e.name: _alternate(args, [e])[e.name] for e in entries}
   print("\nwriting 64 documents at once")
-  print(table(arms, 0))
+  print(table(arms, held))
   return {"arms": arms}
 
 
@@ -152,18 +154,18 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
   print("\none question reads {} documents of {} vectors, width {}".format(
     *shape
   ))  # fmt: skip
-  print(table(arms, 4 * shape[0] * shape[1] * shape[2]))
+  print(table(arms, dict.fromkeys(arms, 4 * shape[0] * shape[1] * shape[2])))
   flops, ratios = bank_arrays.flops(*shape), contest.compare(arms, READ_RATIOS)
   print(contest.describe(ratios))
   print(f"operations, anew over kept: {flops['anew'] / flops['kept']:.1f}x")
   return {"arms": arms, "ratios": ratios, "flops": flops}
 
 
-def table(arms: Mapping[str, dict[str, Any]], held: int) -> str:
+def table(arms: Mapping[str, dict[str, Any]], held: Mapping[str, int]) -> str:
   """Markdown: a line for each contestant, relative to the slowest.
 
   Args:
-    held: bytes of the bank itself, to be left out of the peak.
+    held: bytes of the bank itself, by contestant: left out of the peak.
   """
   rates = {n: arm["tokens_per_sec"] for n, arm in arms.items()}
   slowest = min(rate["median"] for rate in rates.values())
@@ -177,7 +179,7 @@ def table(arms: Mapping[str, dict[str, Any]], held: int) -> str:
       rates[name][of] / slowest for of in ("min", "median", "max")
     )
     peak = arm["peak_bytes"]
-    memory = "-" if peak is None else f"{(peak - held) / 2**20:.0f}"
+    memory = "-" if peak is None else f"{(peak - held[name]) / 2**20:.0f}"
     lines.append(f"| {name} | {middle:.2f} ({low:.2f}-{high:.2f}) | {memory} |")
   return "\n".join(lines)
 

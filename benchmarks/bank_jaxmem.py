@@ -17,6 +17,7 @@ ANEW, KEPT, CHUNKED, TOP = "anew", "kept", "kept, in chunks", "top 16, anew"
 READ = (ANEW, KEPT, CHUNKED, TOP)
 WRITTEN = 64  # documents at once
 SLOT = (4, 32)  # memory of a document, as wide as its key
+SLOT_BYTES = 4 * 128 + 4 * 128 + 21  # memory, key, and the rest of a slot
 
 
 class _Timed:
@@ -152,7 +153,11 @@ class WriteBank(_Timed):
       valid=rows < fill, written=rows, key=key, clock=jnp.int32(slots)
     )
     new = jnp.asarray(bank_arrays.unit_rows(WRITTEN, width, 3))
-    self._new = (new.reshape(WRITTEN, *SLOT), new, rows[:WRITTEN] + slots)
+    self._new = (
+      new.reshape(WRITTEN, *SLOT),
+      new,
+      jnp.arange(slots, slots + WRITTEN),
+    )
     self._valid = jnp.ones(WRITTEN, bool)
     self._run = jax.jit(
       functools.partial(
@@ -164,7 +169,7 @@ class WriteBank(_Timed):
   def _go(self, index):
     first = 1 + index * WRITTEN
     digests = np.arange(first, first + WRITTEN, dtype=np.uint32)
-    digests = np.stack([digests, digests], axis=1)
+    digests = jnp.asarray(np.stack([digests, digests], axis=1))
     self._held = self._run(self._held, *self._new, digests, self._valid)
     return self._held.clock
 

@@ -49,7 +49,7 @@ def _finetune() -> ConfigDict:
   return ConfigDict(
     {
       # Of Adam; the best on another stream is taken. MAC 6.5e-6, CaMeLS 2.5e-5.
-      "rates": (1e-5, 1e-4, 1e-3),
+      "rates": (1e-4, 3e-4, 1e-3, 3e-3),
       "tuning_documents": 100,
       "finder": "rules",  # of salient spans; or spacy (CaMeLS)
       "tfidf_threshold": 0.1,  # our choice
@@ -94,6 +94,9 @@ def get_config(arg: str = "") -> ConfigDict:
       "max_tokens": 204,
     }
   )
+  # Trained weights: those that come with the package, or directories that
+  # experiments.cmt exported.
+  config.banks = ConfigDict({"cmt": "cmt", "mac": "mac", "mbc": "mbc"})
   config.finetune = _finetune()
   config.retention = ConfigDict(
     {

@@ -12,7 +12,10 @@ and with more and more documents in memory.
 Learners: closed_book (reads nothing); gold, in_context, bm25, bm25_1 (raw text
 in the prompt: upper bounds, `methods/prompt_learners.py`); uniform, salient,
 tfidf (one step of all weights on each document, at a rate tuned on another
-stream, `methods/finetune_learners.py`).
+stream, `methods/finetune_learners.py`); cmt, mac, mbc (a bank, with the trained
+weights of `config.banks`, `methods/cmt_learner.py`), and other ways to ask it:
+cmt_4 and cmt_all (the best 4, all), _own (the question's document), cmt_random,
+cmt_shuffled (another document).
 
 Writes for each learner LEARNER.json in results/, retention/, noise/ and sizes/
 as soon as it is done: a restart, or a run with more learners, goes on there.
@@ -36,6 +39,7 @@ from jaxmem.data.streams import Stream
 from jaxmem.evaluation import stream_curves, stream_report, streams
 from jaxmem.methods import cmt_streams, prompt_learners
 from jaxmem.methods import compare_setup as setup
+from jaxmem.methods.compare_banks import banked
 from jaxmem.methods.compare_setup import Base, Made
 
 RESULT_FILE, REPORT_FILE = "result.json", "report.md"
@@ -63,6 +67,16 @@ LEARNERS: dict[str, Callable[[ConfigDict, Base, Stream], Made | None]] = {
   "uniform": setup.finetuned("uniform"),
   "salient": setup.finetuned("salient"),
   "tfidf": setup.finetuned("tfidf"),
+  "cmt": banked("cmt", "cmt"),
+  "cmt_4": banked("cmt_4", "cmt", retrieved=4),
+  "cmt_all": banked("cmt_all", "cmt", retrieved=0),
+  "cmt_own": banked("cmt_own", "cmt", retrieved=1, score="oracle"),
+  "cmt_random": banked("cmt_random", "cmt", score="random"),
+  "cmt_shuffled": banked("cmt_shuffled", "cmt", retrieved=1, score="shuffled"),
+  "mac": banked("mac", "mac"),
+  "mac_own": banked("mac_own", "mac", retrieved=1, score="oracle"),
+  "mbc": banked("mbc", "mbc"),
+  "mbc_own": banked("mbc_own", "mbc", retrieved=1, score="oracle"),
 }
 
 

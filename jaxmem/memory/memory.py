@@ -88,8 +88,9 @@ def load(path: str | os.PathLike, like: Any, fingerprint: str) -> Memory:
   """Read what `save` wrote.
 
   Args:
-    like: arrays of such a memory: an empty bank of any capacity. A leaf's first axis may have another size in the file; leaves
-      for which it is the same in `like` must have it the same there.
+    like: arrays of such a memory: an empty bank of any capacity. A leaf's first
+      axis may have another size in the file; leaves for which it is the same in
+      `like` must have it the same there.
     fingerprint: of the model and the compressor that will read it.
 
   Raises:

@@ -22,9 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 POOLS = ("mean", "flatten")  # C vectors to one key: E = D, or C D
 SCORES = (*POOLS, "tokenwise_mean", "maxsim")  # of two texts
 _SHORT = 1e-6  # a vector below this norm has no direction: its unit is zero
-_BLOCK_SCORES = (
-  1 << 18
-)  # of a block of top_k by default: in the cache of a core
+_ONCE = 1 << 23  # scores that top_k holds at once by default, 32 MiB
+_BLOCK_SCORES = 1 << 17  # of a block where there are more: in a core's cache
 _GROUP = 16  # scores of a block that compete as one
 
 
@@ -108,8 +107,8 @@ def top_k(
     keys: [M, E]; with axis_name those of this device.
     valid: [M].
     k: R; where fewer slots are valid the rest of the result is not.
-    block: slots scored at a time; None: as many as give 2^17 scores, which
-      fits a core's cache. Give an accelerator more.
+    block: slots scored at a time; None: all up to 2^23 scores, and of more as
+      many as give 2^17, which a core's cache holds. Give an accelerator more.
     axis_name: of the devices that hold equal shards of the keys, inside
       shard_map or pmap; each sends its k best (at most its shard) to all. Under
       jit alone keys that lie on several devices would be gathered.
@@ -145,9 +144,7 @@ def top_k(
 
 
 def _default_block(rows, slots):
-  """Slots at a time: a block's scores fit a core's own cache; all at once while
-  they fit the shared one."""
-  if rows * slots <= 8 * _BLOCK_SCORES:
+  if rows * slots <= _ONCE:
     return slots
   return min(max(_BLOCK_SCORES // rows, 1024), 16384)
 

@@ -121,7 +121,7 @@ def load_base(
 def fit(config: ConfigDict, base: Base, stream: Stream) -> Stream:
   """Check a stream, and cut its documents to the same length for all."""
   stream_edits.check_stream(stream)
-  tokenizer = base.reader.loaded.tokenizer
+  tokenizer, size = base.reader.loaded.tokenizer, len(stream.documents)
   stream, cut = stream_edits.fit_documents(
     stream,
     lambda text: token_spans(tokenizer, text),
@@ -131,7 +131,7 @@ def fit(config: ConfigDict, base: Base, stream: Stream) -> Stream:
   if cut:
     _log.info(
       "%s: %d of %d documents had more than %d tokens (%s)", stream.name, cut,
-      len(stream.documents), config.data.document_tokens,
+      size, config.data.document_tokens,
       config.data.long_documents,
     )  # fmt: skip
   return stream

@@ -223,7 +223,8 @@ def make_learner(
       constrain=reader.constrain, dtype=reader.dtype,
     )  # fmt: skip
     sources = jnp.zeros((len(batch.valid), 0), jnp.int32)
-    return Answers(out.tokens, out.length - out.done, sources)
+    length = jnp.maximum(out.length - out.done, 0)  # rows of padding: 0
+    return Answers(out.tokens, length, sources)
 
   return Learner(
     name=name,

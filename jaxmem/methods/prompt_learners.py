@@ -182,8 +182,8 @@ class Reader:
     if longest > self.prompt_room:
       raise ValueError(
         f"a prompt has {longest} tokens and there is room for "
-        f"{self.prompt_room}: lower data.max_document_tokens, or raise "
-        "max_prompt_tokens"
+        f"{self.prompt_room}: lower data.document_tokens, or raise "
+        "prompt.max_tokens"
       )
     config, length = self.loaded.config, generate.bucket_length(longest)
     if config.family == "gpt2":  # its positions end

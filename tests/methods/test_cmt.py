@@ -19,6 +19,7 @@ from jaxmem.methods import (
 )
 from jaxmem.methods.cmt_settings import Settings
 from jaxmem.models import decoder
+from jaxmem.models.encoder_decoder_config import EncoderDecoderConfig
 from jaxmem.training.loss import token_nll
 from jaxmem.training.step import Gather
 from tests.methods import small
@@ -88,10 +89,11 @@ def batch_of(rows=8, documents=2, questions=2, seed=0):
   )
 
 
-def loss_of(model, params, batch, memory=(), rng=None):
+@functools.partial(jax.jit, static_argnums=0)
+def loss_of(model, params, batch, memory=()):
   total, aux = cmt_loss.make_loss(model)(
-    params, memory, small.params(), batch,
-    rng=jax.random.key(0) if rng is None else rng, gather=Gather(),
+    params, memory, small.params(), batch, rng=jax.random.key(0),
+    gather=Gather(),
   )  # fmt: skip
   return total / aux.count, aux
 
@@ -162,7 +164,9 @@ def test_without_a_prefix_alpha_changes_nothing():
   base, labels = small.params(), batch_of().labels.reshape(16, -1)
   answers = jax.tree.map(lambda x: x.reshape(16, -1), batch_of().answers)
   losses = [
-    cmt_loss.answer_loss(model, base, {}, answers, labels, None)[0]
+    jax.jit(
+      lambda a, b, m=model: cmt_loss.answer_loss(m, base, {}, a, b, None)[0]
+    )(answers, labels)
     for model in (model_of(alpha=0.0), model_of(alpha=0.7))
   ]
   np.testing.assert_allclose(*losses, **CLOSE)
@@ -175,7 +179,8 @@ def test_without_a_prefix_alpha_changes_nothing():
 
 
 def test_alpha_and_beta_zero_with_everything_retrieved_is_mac():
-  """Section 13, test 4: the same parameters, the same loss and gradient."""
+  """Section 13, test 4: the same loss and gradient, but for the order in which
+  documents are added up."""
   as_mac = model_of(mac.settings)
   as_cmt = model_of(
     alpha=0.0, beta=0.0, share_question_encoder=False, train_retrieved=999
@@ -186,7 +191,7 @@ def test_alpha_and_beta_zero_with_everything_retrieved_is_mac():
     for m in (as_mac, as_cmt)
   ]
   jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), *grads
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), *grads
   )
 
 
@@ -221,10 +226,10 @@ def test_only_kept_documents_and_their_questions_count():
     )
     return memories
 
-  out, vjp = jax.vjp(by_documents, embedding)
-  held = jnp.zeros_like(out).at[:, 1].set(1.0)
-  np.testing.assert_array_equal(vjp(held)[0], 0)
-  assert (vjp(jnp.zeros_like(out).at[:, 0].set(1.0))[0] != 0).any()
+  pull = jax.jit(lambda d_out: jax.vjp(by_documents, embedding)[1](d_out)[0])
+  nothing = jnp.zeros((8, 2, 3, small.CONFIG.hidden_size))
+  np.testing.assert_array_equal(pull(nothing.at[:, 1].set(1.0)), 0)
+  assert (pull(nothing.at[:, 0].set(1.0)) != 0).any()
 
 
 def test_own_document_comes_first_and_none_is_invented():
@@ -291,3 +296,37 @@ def test_aligned_start_looks_up_by_likeness():
 def test_wrong_settings(changes, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(Settings(), **changes)
+
+
+T5 = EncoderDecoderConfig(
+  vocab_size=small.CONFIG.vocab_size,
+  hidden_size=6,
+  head_dim=3,
+  mlp_size=8,
+  num_layers=1,
+  num_decoder_layers=1,
+  num_heads=2,
+  relative_buckets=4,
+  relative_max_distance=6,
+  norm_eps=1e-6,
+  gated=False,
+  tie_embeddings=True,
+  dropout_rate=0.0,
+)
+
+
+def test_padding_changes_no_memory_of_a_t5_but_with_the_bug():
+  given = texts((3,), 6, 1)
+  wider = Texts(*(jnp.pad(x, ((0, 0), (0, 3))) for x in given))
+  found = {}
+  for bug in (False, True):
+    model = model_of(
+      mac.settings, compressor="t5", output="mlp", t5_mask_bug=bug
+    )._replace(document_t5=T5, question_t5=T5)
+    params = params_of(model)
+    run = jax.jit(
+      functools.partial(cmt.compress, model, small.params(), params)
+    )
+    assert run(given).shape == (3, 3, small.CONFIG.hidden_size)
+    found[bug] = float(jnp.abs(run(given) - run(wider)).max())
+  assert found[False] < 1e-5 < 1e-3 < found[True]

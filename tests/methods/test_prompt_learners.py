@@ -225,7 +225,7 @@ def test_what_does_not_go(reader):
     p.bm25(reader, 0)
   gold = p.gold(dataclasses.replace(reader, max_prompt_tokens=12))
   state, _ = read(gold)
-  with pytest.raises(ValueError, match="lower data.max_document_tokens"):
+  with pytest.raises(ValueError, match="lower data.document_tokens"):
     gold.answer(state, gold.encode_questions(ASKED))
   with pytest.raises(ValueError, match="does not say where tokens stand"):
     p.token_spans(object(), "x")
