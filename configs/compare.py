@@ -121,13 +121,17 @@ def get_config(arg: str = "") -> ConfigDict:
   if name == "paper":
     _enlarge(config)
   elif name == "smoke":
-    config.model = "nano"
-    config.data.update({"documents": 20, "known": 16})
-    config.finetune.update({"rates": (1e-3,), "tuning_documents": 8})
-    config.retention.update({"first": 8, "step": 6})
-    config.noise.percents = (0, 100)
-    config.sizes.update({"documents": (4, 20), "questions": 24})
+    _shrink(config)
   return config
+
+
+def _shrink(config: ConfigDict) -> None:
+  config.model = "nano"
+  config.data.update({"documents": 20, "known": 16})
+  config.finetune.update({"rates": (1e-3,), "tuning_documents": 8})
+  config.retention.update({"first": 8, "step": 6})
+  config.noise.percents = (0, 100)
+  config.sizes.update({"documents": (4, 20), "questions": 24})
 
 
 def _enlarge(config: ConfigDict) -> None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -97,12 +98,21 @@ def test_shards_of_eight_devices(k):
   top = functools.partial(retriever.top_k, k=k, block=4, axis_name="slots")
   slots, whole = PartitionSpec("slots"), PartitionSpec()
   mesh = jax.make_mesh((8,), ("slots",), axis_types=(AxisType.Auto,))
+  given = (QUERY, KEYS, VALID)
   sharded = jax.jit(
     jax.shard_map(
       top, mesh=mesh, in_specs=(whole, slots, slots), out_specs=whole
     )
-  )
-  _is(sharded(QUERY, KEYS, VALID), QUERY, KEYS, np.asarray(VALID), k)
+  ).lower(*given)
+  sharded = sharded.compile()
+  # Nothing but candidates goes from device to device: scores and slots.
+  sent = f"[{B},{8 * min(k, 8)}]"
+  moved = re.findall(r"= (\w+)(\[[\d,]*\])\S* (all-\w+)\(", sharded.as_text())
+  assert sorted(moved) == [
+    ("f32", sent, "all-gather"),
+    ("s32", sent, "all-gather"),
+  ]
+  _is(sharded(*given), QUERY, KEYS, np.asarray(VALID), k)
   if k > 8:
     return
   parts = jax.pmap(top, axis_name="slots", in_axes=(None, 0, 0))(
