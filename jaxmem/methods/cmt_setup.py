@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from jaxmem.data import memory_rows
+from jaxmem.memory import bank
 from jaxmem.methods import base as base_model
 from jaxmem.methods import cmt, cmt_train, mac, mbc
 from jaxmem.methods.cmt_batches import Reading
@@ -203,11 +204,19 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
     changes: fields of `Reading` to set otherwise.
 
   Raises:
-    ValueError: an unknown value, or more retrieved than the bank holds.
+    ValueError: an unknown value, more retrieved than the bank holds, or a bank
+      that is too small without a policy.
   """
   asked, data = config.eval, config.data
+  capacity = asked.capacity or documents
+  if capacity < documents and asked.policy == "none":
+    raise ValueError(
+      f"eval.capacity is {capacity} and the stream has {documents} documents: "
+      "raise it, or say with eval.policy what a full bank does "
+      f"({', '.join(bank.POLICIES[1:])})"
+    )
   given = {
-    "capacity": asked.capacity or documents,
+    "capacity": capacity,
     "decode": decoding(asked.decode, asked.max_new_tokens),
     "retrieved": min(retrieved(config), documents),
     "score": asked.score,

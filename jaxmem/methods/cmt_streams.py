@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxmem.data import pair_rows, stream_sets, world, world_streams
 from jaxmem.data.streams import Stream
-from jaxmem.evaluation import streams
+from jaxmem.evaluation import stream_edits, streams
 from jaxmem.methods import cmt_train
 from jaxmem.methods.cmt_batches import prompt_text
 from jaxmem.methods.cmt_setup import Base
@@ -38,7 +38,12 @@ def load(config: ConfigDict, workdir: pathlib.Path) -> Stream:
   Raises:
     ValueError: an unknown or missing source, or see `stream_sets.load`.
   """
-  data = config.data
+  stream = _load(config.data, workdir)
+  stream_edits.check_stream(stream)
+  return stream
+
+
+def _load(data, workdir) -> Stream:
   if data.source == WORLD:
     return world_streams.world_stream(
       data.documents,

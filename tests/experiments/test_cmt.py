@@ -153,6 +153,7 @@ def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
     ({"stages.many.rows": 0}, "stages.many.rows is 0"),
     ({"eval.ladder": "('best',)"}, "eval.ladder"),
     ({"eval.decode": "sampling"}, "sampling"),
+    ({"eval.capacity": 5}, "stream has 6 documents"),
     ({"train.rate": 0.0}, "train.rate is 0.0"),
     ({"start": "nowhere"}, "nowhere"),
     ({"memory.compressor": "t5"}, "give config.t5.documents"),

@@ -1,0 +1,66 @@
+"""Trained weights go to a directory and come back, or are refused."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxmem.methods import cmt_files
+from tests.methods import small
+from tests.methods.test_cmt import model_of, params_of
+
+MODEL = model_of()
+SAVED = cmt_files.Saved("cmt", MODEL.settings, "base")
+
+
+def load(folder, model=MODEL, base="base"):
+  return cmt_files.load(folder, model, small.params(), base)
+
+
+def test_round_trip(tmp_path):
+  params = params_of(MODEL)
+  cmt_files.save(tmp_path, SAVED, params, record={"steps": 3})
+  assert cmt_files.describe(tmp_path) == SAVED
+  jax.tree.map(np.testing.assert_array_equal, load(tmp_path), params)
+  size = (tmp_path / cmt_files.WEIGHTS_FILE).stat().st_size
+  cmt_files.save(tmp_path, SAVED, params, dtype="bfloat16")
+  assert (tmp_path / cmt_files.WEIGHTS_FILE).stat().st_size < 0.7 * size
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2),
+    load(tmp_path),
+    params,
+  )
+
+
+def test_weights_of_another_model_or_shape_are_refused(tmp_path):
+  cmt_files.save(tmp_path, SAVED, params_of(MODEL))
+  with pytest.raises(ValueError, match="fingerprint base, this one has other"):
+    load(tmp_path, base="other")
+  with pytest.raises(ValueError, match="compressor/slots: expected"):
+    load(tmp_path, model_of(tokens=4))
+
+
+def test_missing_or_broken_files(tmp_path):
+  with pytest.raises(ValueError, match="experiments.cmt exported"):
+    cmt_files.describe(tmp_path)
+  cmt_files.save(tmp_path, SAVED, params_of(MODEL))
+  path = tmp_path / cmt_files.SETTINGS_FILE
+  found = json.loads(path.read_text())
+  del found["settings"]["tokens"], found["method"]
+  path.write_text(json.dumps(found))
+  with pytest.raises(ValueError, match="does not describe"):
+    cmt_files.describe(tmp_path)
+  with pytest.raises(ValueError, match="dtype is 'float8'"):
+    cmt_files.save(tmp_path, SAVED, params_of(MODEL), dtype="float8")
+
+
+def test_names_of_shipped_weights():
+  assert cmt_files.find("some/where") == "some/where"
+  for name in cmt_files.SHIPPED:
+    try:
+      folder = cmt_files.find(name)
+    except ValueError as error:
+      assert "make shipped" in str(error)
+    else:
+      assert cmt_files.describe(folder).method == name
