@@ -16,8 +16,8 @@ articles) into a bank, and is asked in several ways: from the question's own
 document, from the best 16 and 4 and 1, from all, from random and from wrong
 ones, and without any. `experiments.compare` puts it beside other methods.
 
-Writes result.json (percent), ladder.json (all scores and answers), correct.json
-(each question, for paired tests) and the trained weights. A restart goes on
+Writes result.json (percent), ladder.md and ladder.json (all scores and answers),
+correct.json (each question, for paired tests) and the trained weights. A restart goes on
 from the last checkpoint. With `start`, and `order` empty, nothing is trained.
 """
 
@@ -46,8 +46,9 @@ from jaxmem.methods import (
 from jaxmem.methods.chain import settings_key
 from jaxmem.training import loop, parallel
 
-RESULT_FILE, LADDER_FILE, CORRECT_FILE = (
+RESULT_FILE, TABLE_FILE, LADDER_FILE, CORRECT_FILE = (
   "result.json",
+  "ladder.md",
   "ladder.json",
   "correct.json",
 )
@@ -188,9 +189,11 @@ def write_results(exp, stream, results, record) -> None:
   (exp.workdir / LADDER_FILE).write_text(json.dumps(ladder))
   correct = {name: cmt_streams.correct(r) for name, r in results.items()}
   (exp.workdir / CORRECT_FILE).write_text(json.dumps(correct))
+  table = cmt_streams.table(results)
+  (exp.workdir / TABLE_FILE).write_text(table)
   text = json.dumps(result, indent=2) + "\n"
   (exp.workdir / RESULT_FILE).write_text(text)
-  print(text)
+  print(f"{text}\n{table}")
 
 
 if __name__ == "__main__":

@@ -175,6 +175,47 @@ def headline(results: Mapping[str, streams.Result]) -> dict[str, float]:
   return out
 
 
+COLUMNS = {  # of the ladder's table: group and score
+  "all": ("all", "em"),
+  "F1": ("all", "f1"),
+  "new": ("new", "em"),
+  "held-out words": ("held_out", "em"),
+  "changed": ("changed", "em"),
+  "old value": ("changed", "outdated"),
+  "conflict": ("conflict", "em"),
+  "known value": ("conflict", "outdated"),
+  "known facts": ("known", "em"),
+  "another's": ("all", "other"),
+  "recall@1": ("all", "recall@1"),
+  "recall@4": ("all", "recall@4"),
+  "recall@16": ("all", "recall@16"),
+}
+
+
+def table(results: Mapping[str, streams.Result]) -> str:
+  """Write the ladder as a table, percent; columns without a number are left out.
+
+  "old value" and "known value" are answers that held before the document.
+  """
+
+  def cell(result, column):
+    group, score = COLUMNS[column]
+    value = result.scores.get(group, {}).get(score)
+    return "" if value is None else f"{value:.1f}"
+
+  used = [
+    column
+    for column in COLUMNS
+    if any(cell(result, column) for result in results.values())
+  ]
+  lines = [["memory", *used], ["---"] * (len(used) + 1)]
+  lines += [
+    [name, *(cell(result, column) for column in used)]
+    for name, result in results.items()
+  ]
+  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def correct(result: streams.Result) -> dict[str, list[Any]]:
   """Each question's id and whether it was right, for paired tests."""
   return {
