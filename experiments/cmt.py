@@ -16,9 +16,10 @@ articles) into a bank, and is asked in several ways: from the question's own
 document, from the best 16 and 4 and 1, from all, from random and from wrong
 ones, and without any. `experiments.compare` puts it beside other methods.
 
-Writes result.json (percent), ladder.md and ladder.json (all scores and answers),
-correct.json (each question, for paired tests) and the trained weights. A restart goes on
-from the last checkpoint. With `start`, and `order` empty, nothing is trained.
+Writes result.json (percent), ladder.md and ladder.json (all scores, answers),
+correct.json (each question, for paired tests) and the trained weights. A
+restart goes on from the last checkpoint. With `start`, and `order` empty,
+nothing is trained.
 """
 
 import json

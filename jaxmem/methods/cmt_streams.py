@@ -193,7 +193,7 @@ COLUMNS = {  # of the ladder's table: group and score
 
 
 def table(results: Mapping[str, streams.Result]) -> str:
-  """Write the ladder as a table, percent; columns without a number are left out.
+  """Write the ladder as a table, percent; empty columns are left out.
 
   "old value" and "known value" are answers that held before the document.
   """
