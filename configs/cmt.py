@@ -168,6 +168,7 @@ def _eval() -> ConfigDict:
       "every_steps": 500,  # probe during training; 0: never
       "probe_documents": 256,
       "score": "match",  # or oracle, random, shuffled, none: diagnoses
+      "min_match": -1.0,  # cosine below which no document is drawn on, of CMT
       # Ways to ask the bank at the end of a run; known in cmt_setup.RUNGS.
       "ladder": (
         "own memory",

@@ -47,6 +47,9 @@ class Reading:
   decode: GenerateSettings
   retrieved: int = 16  # R, documents a question draws on; 0: the whole bank
   score: str = "match"  # of SCORES
+  # Documents that match a question less are not drawn on, and a question that
+  # none matches is answered by the model alone; a cosine, -1: all (the paper).
+  min_match: float | int = -1.0
   policy: str = "none"  # what a full bank does, see `bank.POLICIES`
   deduplicate: bool = True
   batch_size: int = 64
@@ -76,6 +79,15 @@ class Reading:
       raise ValueError(
         f"max_pieces is {self.max_pieces} with long_documents="
         f"{self.long_documents}; only chunk cuts documents into pieces"
+      )
+    if not -1 <= self.min_match <= 1:
+      raise ValueError(
+        f"min_match is {self.min_match}; it is a cosine, in [-1, 1]"
+      )
+    if self.min_match > -1 and not self.retrieved:
+      raise ValueError(
+        f"min_match={self.min_match} chooses documents: set retrieved to 1 or "
+        "more"
       )
     if not 0 <= self.retrieved <= self.capacity:
       raise ValueError(

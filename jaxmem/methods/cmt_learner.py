@@ -141,7 +141,9 @@ def retrieve(
   number = reading.retrieved
   if reading.score == "match":
     queries = retriever.pooled(question, model.settings.match_pool)
-    return retriever.top_k(queries, state.key, state.valid, number)
+    found = retriever.top_k(queries, state.key, state.valid, number)
+    close = found.values >= reading.min_match
+    return found._replace(valid=found.valid & close)
   gold = state.doc_id[None] == batch.documents[:, None]
   allowed = state.valid[None] & {
     "oracle": gold, "shuffled": ~gold, "random": jnp.ones_like(gold),

@@ -220,6 +220,7 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
     "decode": decoding(asked.decode, asked.max_new_tokens),
     "retrieved": min(retrieved(config), documents),
     "score": asked.score,
+    "min_match": asked.min_match if retrieved(config) else -1.0,
     "policy": asked.policy,
     "batch_size": asked.batch_size,
     "max_document_tokens": data.document_tokens,
@@ -253,6 +254,8 @@ def ladder(config: ConfigDict, documents: int) -> dict[str, Reading]:
   for name in config.eval.ladder:
     check("eval.ladder", name, tuple(RUNGS))
     changes = {"score": "match"} | RUNGS[name]
+    if changes["score"] != "match" or not changes["retrieved"]:
+      changes["min_match"] = -1.0
     capacity = config.eval.capacity or documents
     changes["retrieved"] = min(changes["retrieved"], capacity)
     out[name] = make_reading(config, documents, **changes)

@@ -123,6 +123,21 @@ def test_everything_retrieved_is_the_whole_bank():
   assert outs[0].sources.shape[1] == 0
 
 
+def test_documents_that_match_too_little_are_not_drawn_on():
+  _, state = _read_plain()
+  model = model_of(alpha=0.5)
+  reading = dataclasses.replace(READING, retrieved=8)
+  batch = learner_of(model).encode_questions(QUESTIONS)
+  question = jnp.stack([state.memories[2]] * 4)
+  every = cmt_learner.retrieve(model, reading, state, question, batch)
+  close = cmt_learner.retrieve(
+    model, dataclasses.replace(reading, min_match=0.999), state, question, batch
+  )
+  np.testing.assert_array_equal(every.valid.sum(1), 6)
+  np.testing.assert_array_equal(close.valid, every.values >= 0.999)
+  assert int(close.index[0, 0]) == 2 and bool(close.valid[0, 0])
+
+
 @pytest.mark.parametrize("score", ["oracle", "shuffled", "random", "none"])
 def test_scores_of_diagnosis(score):
   _, state = _read_plain()
@@ -177,6 +192,8 @@ def test_bad_documents_and_settings():
     ({"score": "bm25"}, "score is 'bm25'"),
     ({"policy": "lru"}, "policy is 'lru'"),
     ({"max_pieces": 2}, "only chunk cuts"),
+    ({"min_match": 2.0}, "min_match is 2.0"),
+    ({"min_match": 0.5, "retrieved": 0}, "set retrieved to 1 or more"),
     ({"score": "random", "retrieved": 0}, "set retrieved to 1 or more"),
   ):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,27 @@
+"""The weights that come with the package do what the method is for."""
+
+import jax
+
+from jaxmem import models
+from jaxmem.data import memory_rows, world
+from jaxmem.methods import cmt, cmt_exam, cmt_files
+from jaxmem.models import huggingface
+from jaxmem.models.fingerprint import fingerprint
+
+
+def test_answers_come_from_the_right_memory():
+  """Section 13, test 11, on people who occur in no training row."""
+  config, weights = huggingface.load(models.find("tiny"))
+  folder = cmt_files.find("cmt")
+  model = cmt.Model(config, cmt_files.describe(folder).settings)
+  params = cmt_files.load(folder, model, weights, fingerprint(weights))
+  exam = cmt_exam.make_exam(
+    model,
+    cmt_exam.people_of_test(world.make_world()),
+    memory_rows.Shape(questions=1),
+    documents=64,
+  )
+  found = jax.jit(exam)(params, weights, jax.random.key(0))
+  assert found["own"] > 0.75 and found["recall/16"] > 0.95
+  assert found["top/16"] > 0.6 * found["own"]
+  assert found["shuffled"] < 0.1
