@@ -97,6 +97,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # Trained weights: those that come with the package, or directories that
   # experiments.cmt exported.
   config.banks = ConfigDict({"cmt": "cmt", "mac": "mac", "mbc": "mbc"})
+  config.min_match = -1.0 if name == "paper" else 0.735  # see configs/cmt.py
   config.finetune = _finetune()
   config.retention = ConfigDict(
     {

@@ -47,8 +47,8 @@ class Reading:
   decode: GenerateSettings
   retrieved: int = 16  # R, documents a question draws on; 0: the whole bank
   score: str = "match"  # of SCORES
-  # Documents that match a question less are not drawn on, and a question that
-  # none matches is answered by the model alone; a cosine, -1: all (the paper).
+  # A question that no document matches as much draws on none, and is answered
+  # by the model alone; a cosine, -1: it always draws on some (the paper).
   min_match: float | int = -1.0
   policy: str = "none"  # what a full bank does, see `bank.POLICIES`
   deduplicate: bool = True

@@ -142,7 +142,7 @@ def retrieve(
   if reading.score == "match":
     queries = retriever.pooled(question, model.settings.match_pool)
     found = retriever.top_k(queries, state.key, state.valid, number)
-    close = found.values >= reading.min_match
+    close = found.values[:, :1] >= reading.min_match
     return found._replace(valid=found.valid & close)
   gold = state.doc_id[None] == batch.documents[:, None]
   allowed = state.valid[None] & {

@@ -14,7 +14,7 @@ from jaxmem.methods.cmt_batches import Reading
 from jaxmem.methods.compare_setup import Base, Made
 from jaxmem.training.learners import compile_learner
 
-MAC, MBC = "mac", "mbc"
+CMT, MAC, MBC = "cmt", "mac", "mbc"
 RETRIEVED = 16  # documents a question draws on, of CMT; the others read all
 
 
@@ -46,8 +46,11 @@ def banked(
     params = cmt_files.load(directory, model, loaded.weights, base.name)
     # Room for the noise curve, which at most doubles the stream.
     capacity = bank.next_capacity(2 * len(stream.documents))
+    matched = method == CMT and changes.get("score", "match") == "match"
+    matched = matched and changes.get("retrieved", RETRIEVED)
     given = {
       "capacity": capacity,
+      "min_match": config.min_match if matched else -1.0,
       "decode": base.reader.decode,
       "retrieved": 0 if method in (MAC, MBC) else min(RETRIEVED, capacity),
       "batch_size": base.reader.batch_size,
