@@ -59,7 +59,8 @@ def make_learner(
     encode_questions=functools.partial(
       encode_questions, reading, tokenizers[1], tokenizer
     ),
-    init=lambda rng: empty_bank(model, reading, rng=rng),
+    # A key of its own: the state is consumed, and the caller keeps its key.
+    init=lambda rng: empty_bank(model, reading, rng=jax.random.fold_in(rng, 0)),
     adapt=functools.partial(functools.partial(adapt, model, reading), weights),
     answer=functools.partial(
       functools.partial(answer, model, reading, readout), weights

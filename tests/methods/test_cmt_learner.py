@@ -13,6 +13,8 @@ from jaxmem.methods import cmt, cmt_batches, cmt_learner, cmt_loss, mac, mbc
 from jaxmem.methods.cmt_batches import Reading
 from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
+from jaxmem.training import parallel
+from jaxmem.training.learners import compile_learner
 from tests.methods import small
 from tests.methods.test_cmt import model_of, params_of
 
@@ -152,6 +154,18 @@ def test_scores_of_diagnosis(score):
     "random": (chosen >= 0).all(),
     "none": (chosen == -1).all(),
   }[score]
+
+
+def test_compiled_it_starts_again_from_the_same_key():
+  """The state is consumed, the key that it began with is not."""
+  mesh = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+  learner = compile_learner(learner_of(model_of(alpha=0.5)), mesh)
+  rng, batch = jax.random.key(0), learner.encode_documents(DOCUMENTS[:4])
+  counts = [
+    int(learner.adapt(learner.init(rng), batch)[0].valid.sum())
+    for _ in range(2)
+  ]
+  assert counts == [4, 4]
 
 
 def test_codes_are_all_that_a_bank_of_mbc_holds():
