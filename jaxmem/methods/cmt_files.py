@@ -134,7 +134,8 @@ def load(
   if saved.base != base:
     raise ValueError(
       f"{directory} was trained on the model with fingerprint {saved.base}, "
-      f"this one has {base}: load the model that it was trained on"
+      f"this one has {base}: load the model that it was trained on, in the "
+      "same precision"
     )
   like = jax.eval_shape(
     lambda weights: cmt_params.init(model, weights, rng=jax.random.key(0)),

@@ -1,6 +1,7 @@
 """The weights that come with the package do what the method is for."""
 
 import jax
+import jax.numpy as jnp
 
 from jaxmem import models
 from jaxmem.data import memory_rows, world
@@ -11,7 +12,7 @@ from jaxmem.models.fingerprint import fingerprint
 
 def test_answers_come_from_the_right_memory():
   """Section 13, test 11, on people who occur in no training row."""
-  config, weights = huggingface.load(models.find("tiny"))
+  config, weights = huggingface.load(models.find("tiny"), dtype=jnp.float32)
   folder = cmt_files.find("cmt")
   model = cmt.Model(config, cmt_files.describe(folder).settings)
   params = cmt_files.load(folder, model, weights, fingerprint(weights))
