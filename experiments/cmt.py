@@ -45,6 +45,7 @@ from jaxmem.methods import (
   cmt_train,
 )
 from jaxmem.methods.chain import settings_key
+from jaxmem.methods.remix import check
 from jaxmem.training import loop, parallel
 
 RESULT_FILE, TABLE_FILE, LADDER_FILE, CORRECT_FILE = (
@@ -71,6 +72,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   stages = cmt_setup.make_stages(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
   cmt_setup.ladder(config, len(stream.documents))
+  check("export_dtype", config.export_dtype, tuple(cmt_files.DTYPES))
   base = cmt_setup.load_base(config)
   exp = Experiment(config, workdir, stop, base, stages)
   params, record = start(exp), {"steps": 0, "tokens": 0}
@@ -181,7 +183,8 @@ def write_results(exp, stream, results, record) -> None:
   if jax.process_index() != 0:
     return
   config = exp.config
-  result = cmt_streams.headline(results) | record
+  rung = "top-16" if cmt_setup.retrieved(config) else "all"
+  result = cmt_streams.headline(results, rung) | record
   result |= {"seed": config.seed, "method": config.method}
   result |= {"base": exp.base.name, "documents": len(stream.documents)}
   if stream.note:

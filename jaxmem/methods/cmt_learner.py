@@ -189,11 +189,6 @@ def aggregate(
     scores = jnp.einsum("BE,BRE->BR", queries, state.key[found.index])
   bias = settings.score_weight * scores if settings.score_weight else None
   if settings.aggregation == "hierarchical":
-    if bias is not None:
-      raise ValueError(
-        "aggregation=hierarchical has no place for the match of each document "
-        "(score_weight): set score_weight to 0, or aggregation to chunked"
-      )
     return jax.vmap(
       lambda q, m, v: aggregator.hierarchical(
         weights, q, m, v, settings.window
@@ -241,7 +236,8 @@ def answer(
   something = state.valid.any() if found is None else found.valid.any(axis=1)
   something = jnp.broadcast_to(something, batch.valid.shape)
   prefix = cmt.to_prefix(model, params, latents)
-  prompt, start = batch.prompt, model.prefix_start
+  prompt = batch.prompt
+  start = jnp.where(something, model.prefix_start, 0)
   shape = prefix.key.shape[:3]  # [L, B, P]
   live = jnp.broadcast_to(something[None, :, None], shape)
   prefix = prefix._replace(valid=live)
@@ -265,12 +261,12 @@ def answer(
 
 
 def _branches(prefix, start):
-  """Rows with and without the memory side by side, [L, 2 B, P, ..]."""
+  """Rows with and without the memory side by side, [L, 2 B, P, ..]; [2 B]."""
   prefix = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), prefix)
   rows = prefix.valid.shape[1]
   with_memory = jnp.arange(rows) % 2 == 0
   live = prefix.valid & with_memory[None, :, None]
-  return prefix._replace(valid=live), jnp.where(with_memory, start, 0)
+  return prefix._replace(valid=live), jnp.repeat(start, 2) * with_memory
 
 
 def make_readout(model: cmt.Model) -> generate.Readout:

@@ -219,11 +219,8 @@ def _learned(tree):
   """The tree without the numbers of adapters that are not learned."""
   if not isinstance(tree, dict):
     return tree
-  return {
-    name: _learned(leaf)
-    for name, leaf in tree.items()
-    if name not in trees.FIXED or isinstance(leaf, dict)
-  }
+  fixed = trees.FIXED if "lora_A" in tree else ()
+  return {k: _learned(leaf) for k, leaf in tree.items() if k not in fixed}
 
 
 def make_optimizer(

@@ -104,6 +104,11 @@ class Settings:
     ):  # fmt: skip
       if getattr(self, name) < 0:
         raise ValueError(f"{name} is {getattr(self, name)}; at least 0")
+    if self.aggregation == "hierarchical" and self.score_weight:
+      raise ValueError(
+        "aggregation=hierarchical has no place for the match of each document "
+        f"(score_weight={self.score_weight}): set one of them otherwise"
+      )
     if self.window <= 1:
       raise ValueError(f"window is {self.window}; at least 2 documents")
     if not self.temperature > 0:

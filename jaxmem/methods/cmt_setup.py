@@ -89,6 +89,11 @@ def _stage(config, name) -> cmt_train.Stage:
   for key in ("steps", "banks", "rows", "documents", "asked", "questions"):
     if stage[key] < 1:
       raise ValueError(f"stages.{name}.{key} is {stage[key]}; at least 1")
+  if stage.no_aggregate and stage.known:
+    raise ValueError(
+      f"stages.{name} has known={stage.known} questions without a document, "
+      "which no_aggregate has no memory for: set known=0"
+    )
   same = ("no_aggregate", "keep", "reconstruct")
   changes = {key: stage[key] for key in same}
   if config.method == "cmt":  # the others have none of these
@@ -159,6 +164,13 @@ def load_base(config: ConfigDict) -> Base:
     constrain=parallel.make_constrain(found.mesh),
     remat=config.train.remat,
   )
+  room = found.config.max_positions - settings.tokens
+  if config.data.document_tokens > room:
+    raise ValueError(
+      f"data.document_tokens is {config.data.document_tokens}; with "
+      f"{settings.tokens} memory slots behind it the model's "
+      f"{found.config.max_positions} positions leave {room}"
+    )
   t5, asking = None, (found.tokenizer, found.tokenizer)
   if settings.compressor == "t5":
     configs, t5, asking = _load_t5(config)
@@ -271,6 +283,9 @@ def learned(config: ConfigDict) -> dict[str, Any]:
     "settings": dataclasses.asdict(make_settings(config)),
     "stages": [dataclasses.asdict(stage) for stage in make_stages(config)],
     "train": train,
+    "data": {k: str(v) for k, v in config.data.items()},
+    "start": config.start,
+    "t5": config.t5.to_dict(),
     "seed": config.seed,
   }
 

@@ -68,13 +68,6 @@ class Source(NamedTuple):
   rows: Callable[[Stage, Any], MemoryRows]
 
 
-class Place(NamedTuple):
-  """Where a run is; saved with every checkpoint."""
-
-  index: int = 0  # of the stage
-  seconds: float = 0.0
-
-
 def world_source(world: World, seed: int) -> Source:
   """Draw rows of the invented world on the device, each by its own number.
 
