@@ -23,6 +23,7 @@ class Encoded(NamedTuple):
   document_ids: list[int]
   # Of each document its questions: (asked, question and answer, answer's size).
   questions: list[list[tuple[list[int], list[int], int]]]
+  left_out: int = 0  # pairs whose answer was too long
 
 
 def encode(
@@ -32,46 +33,55 @@ def encode(
   asking: Any,
   tokenizer: Any,
   prompt: Callable[[str], str],
+  most: int | None = None,
 ) -> Encoded:
-  """Tokenise pairs.
+  """Tokenise pairs; those with a long answer are left out, and counted.
 
   Args:
     shape: limits of the lengths.
     asking: tokenizer of the compressor.
     tokenizer: of the language model.
     prompt: question -> text up to where the answer begins.
+    most: tokens of an answer, its end included; None: what leaves room for a
+      token of the question.
 
   Raises:
-    ValueError: no pair, or an answer that leaves no room for its question.
+    ValueError: no pair, or none whose answer is short enough.
   """
   if not pairs:
     raise ValueError("no pair to train on; give a source with questions")
   end = tokenizer(end_token(tokenizer), add_special_tokens=False)["input_ids"]
   leading = leading_ids(tokenizer)
-  documents: dict[int, list[int]] = {}
+  most = min(most or shape.answer_tokens, shape.answer_tokens - 1)
+  left_out, documents = 0, {}
   questions: dict[int, list[tuple[list[int], list[int], int]]] = {}
   for pair in pairs:
+    answer = tokenizer(" " + pair.answer.strip(), add_special_tokens=False)
+    answer = answer["input_ids"] + end
+    if len(answer) > most:
+      left_out += 1
+      continue
     if pair.document_id not in documents:
       ids = asking(pair.document)["input_ids"]
       documents[pair.document_id] = ids[: shape.document_tokens]
     text = prompt(pair.question)
     asked = asking(text)["input_ids"][-shape.question_tokens :]
-    answer = tokenizer(" " + pair.answer.strip(), add_special_tokens=False)
-    answer = answer["input_ids"] + end
     room = shape.answer_tokens - len(answer)
-    if room < 1:
-      raise ValueError(
-        f"the answer {pair.answer!r} has {len(answer)} tokens with its end, "
-        f"of answer_tokens={shape.answer_tokens}: raise it, or leave it out"
-      )
     before = tokenizer(text)["input_ids"]
     if len(before) > room:  # the beginning goes, but not what leads every text
       kept = max(room - len(leading), 0)
       before = (leading + before[len(before) - kept :])[:room]
     row = (asked, before + answer, len(answer))
     questions.setdefault(pair.document_id, []).append(row)
+  if not documents:
+    raise ValueError(
+      f"none of {len(pairs)} pairs has an answer of at most {most} tokens with "
+      "its end: raise answer_tokens and memory.answer_labels"
+    )
   ids = list(documents)
-  return Encoded([documents[i] for i in ids], ids, [questions[i] for i in ids])
+  return Encoded(
+    [documents[i] for i in ids], ids, [questions[i] for i in ids], left_out
+  )
 
 
 def batch(

@@ -119,18 +119,15 @@ def training_source(
     asking=base.asking[0],
     tokenizer=base.tokenizer,
     prompt=lambda question: prompt_text(question, data.chat),
+    most=base.model.settings.answer_labels,
   )
-  longest = max(size for rows in encoded.questions for *_, size in rows)
-  if longest > base.model.settings.answer_labels:
-    raise ValueError(
-      f"an answer has {longest} tokens with its end, and memory.answer_labels "
-      f"is {base.model.settings.answer_labels}: raise it to as many"
-    )
   for stage in stages:  # what would fail in mid-run fails now
     pair_rows.batch(encoded, stage.shape, stage.banks * stage.rows, 0, 0)
   _log.info(
-    "%d pairs on %d documents to train on", len(pairs), len(encoded.documents)
-  )
+    "%d pairs on %d documents to train on; %d left out, with answers of more "
+    "than memory.answer_labels=%d tokens", len(pairs) - encoded.left_out,
+    len(encoded.documents), encoded.left_out, base.model.settings.answer_labels,
+  )  # fmt: skip
 
   def batch_at(stage, step):
     return pair_rows.batch(

@@ -74,11 +74,25 @@ def test_a_long_question_loses_its_beginning_and_never_the_answer():
     assert made.labels[row, q].sum() == 3
 
 
+def test_long_answers_are_left_out_and_counted():
+  pairs = [PAIRS[0], PAIRS[1]._replace(answer="w1 w2 w3"), PAIRS[3]]
+  made = pair_rows.encode(
+    pairs, SHAPE, asking=small.tokenizer(), tokenizer=small.tokenizer(),
+    prompt=str, most=3,
+  )  # fmt: skip
+  assert made.left_out == 1 and made.document_ids == [0, 2]
+
+
 @pytest.mark.parametrize(
   ("pairs", "changes", "rows", "message"),
   [
     ([], {}, 1, "no pair to train on"),
-    (PAIRS, {"answer_tokens": 3}, 1, "has 3 tokens with its end"),
+    (
+      PAIRS,
+      {"answer_tokens": 3},
+      1,
+      "none of 7 pairs has an answer of at most 2",
+    ),
     (PAIRS, {}, 3, "a step takes 6 documents"),
   ],
 )
