@@ -10,8 +10,6 @@ from typing import Any
 
 from jaxmem.methods.cmt_settings import Settings
 
-RETRIEVED = 0  # documents a question draws on; 0: all
-
 
 def settings(**changes: Any) -> Settings:
   """Return MAC's settings.

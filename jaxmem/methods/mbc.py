@@ -11,8 +11,6 @@ from typing import Any
 from jaxmem.methods import mac
 from jaxmem.methods.cmt_settings import Settings
 
-RETRIEVED = mac.RETRIEVED
-
 
 def settings(**changes: Any) -> Settings:
   """Return MBC's settings.

@@ -40,7 +40,7 @@ def _sorted(query, keys, valid, k):
   return np.argsort(-scores, axis=1, kind="stable")[:, :k], scores
 
 
-def _is(found, query, keys, valid, k):
+def _assert_best(found, query, keys, valid, k):
   live = min(k, int(valid.sum()))
   index, scores = _sorted(query, keys, valid, k)
   assert found.index.shape == found.values.shape == (query.shape[0], k)
@@ -59,7 +59,7 @@ def _is(found, query, keys, valid, k):
 )
 def test_equals_a_full_sort(k, block):
   found = TOP(QUERY, KEYS, VALID, k=k, block=block)
-  _is(found, QUERY, KEYS, np.asarray(VALID), k)
+  _assert_best(found, QUERY, KEYS, np.asarray(VALID), k)
 
 
 def test_the_same_program_without_a_single_document_and_with_all():
@@ -70,7 +70,9 @@ def test_the_same_program_without_a_single_document_and_with_all():
   one = top(QUERY, KEYS, jnp.arange(M) == 40)
   assert one.index[:, 0].tolist() == [40] * B
   assert one.valid.tolist() == [[True, False]] * B
-  _is(top(QUERY, KEYS, jnp.ones(M, bool)), QUERY, KEYS, np.ones(M, bool), 2)
+  _assert_best(
+    top(QUERY, KEYS, jnp.ones(M, bool)), QUERY, KEYS, np.ones(M, bool), 2
+  )
 
 
 def test_ties_give_slots_with_the_same_scores():
@@ -90,7 +92,7 @@ def test_many_banks_at_once():
   )(keys, valid)
   for i in range(2):
     one = jax.tree.map(lambda x, i=i: x[i], found)
-    _is(one, QUERY, keys[i], np.asarray(valid[i]), 2)
+    _assert_best(one, QUERY, keys[i], np.asarray(valid[i]), 2)
 
 
 @pytest.mark.parametrize("k", [2, 20])  # 8 slots are a shard
@@ -112,7 +114,7 @@ def test_shards_of_eight_devices(k):
     ("f32", sent, "all-gather"),
     ("s32", sent, "all-gather"),
   ]
-  _is(sharded(*given), QUERY, KEYS, np.asarray(VALID), k)
+  _assert_best(sharded(*given), QUERY, KEYS, np.asarray(VALID), k)
   if k > 8:
     return
   parts = jax.pmap(top, axis_name="slots", in_axes=(None, 0, 0))(
@@ -120,7 +122,7 @@ def test_shards_of_eight_devices(k):
   )
   for device in (0, 7):
     one = jax.tree.map(lambda x, i=device: x[i], parts)
-    _is(one, QUERY, KEYS, np.asarray(VALID), k)
+    _assert_best(one, QUERY, KEYS, np.asarray(VALID), k)
 
 
 def test_shards_of_two_processes():

@@ -90,7 +90,7 @@ def _retrieve(normed, valid, state):
   return Prefix(state, positions=jnp.broadcast_to(jnp.arange(P), (B, P))), None
 
 
-def _equal(found, tokens, score):
+def _assert_equal(found, tokens, score):
   np.testing.assert_array_equal(found.tokens, tokens)
   np.testing.assert_allclose(found.score, score, atol=1e-4)
 
@@ -117,7 +117,9 @@ def test_prefix_retrieval_and_adapters_equal_reading_anew():
     start=P,
     **given,
   )
-  _equal(found, *_by_reading_anew(LLAMA, ids, valid, N, start=P, **given))
+  _assert_equal(
+    found, *_by_reading_anew(LLAMA, ids, valid, N, start=P, **given)
+  )
   assert (found.length == N).all() and not found.done.any()
 
 
@@ -153,7 +155,7 @@ def test_a_cache_goes_on_and_a_shared_prefix_stays(monkeypatch):
     prefix=prefix,
     cache=before.cache,
   )
-  _equal(
+  _assert_equal(
     found, *_by_reading_anew(config, ids, valid, N, start=P, prefix=prefix)
   )
 
@@ -229,7 +231,7 @@ def test_a_mesh_gives_what_one_device_gives(settings):
     constrain=parallel.make_constrain(mesh),
   )
   alone = _alone(settings)
-  _equal(found, alone.tokens, alone.score)
+  _assert_equal(found, alone.tokens, alone.score)
   np.testing.assert_array_equal(found.length, alone.length)
 
 
@@ -390,7 +392,7 @@ def test_beams_of_branches_keep_their_own_rows():
     readout_params=frozen,
   )
   alone = _alone(BEAM)
-  _equal(found, alone.tokens, alone.score)
+  _assert_equal(found, alone.tokens, alone.score)
 
 
 def test_recorded_filters():
