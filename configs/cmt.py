@@ -22,6 +22,7 @@ def _stage(**values) -> ConfigDict:
   stage = ConfigDict(
     {
       "steps": 0,
+      "only": (),  # the methods that have this stage; empty: all
       "banks": 1,  # a step
       "rows": 8,  # of a bank
       "documents": 4,  # of a row, all on the same relations
@@ -30,7 +31,9 @@ def _stage(**values) -> ConfigDict:
       "known": 0,  # a row, on facts that the model knows itself
       "conflicts": 0.0,  # share of rows on people that the model knows
       "hard": 0.5,  # share of pairs of people that share a name part
-      "retrieved": 0,  # documents a question draws on, of CMT; 0: all
+      # Documents a question draws on, its own among them; 0: all. MAC and MBC
+      # end with 0, which is how they are asked.
+      "retrieved": 0,
       "no_aggregate": False,  # its own document's memory, as it is
       "reconstruct": 0.0,  # weight of telling a text from its memory alone
       "keep": 1.0,  # share of a row's documents with a gradient
@@ -136,6 +139,7 @@ def _data() -> ConfigDict:
       "question_tokens": 16,
       "answer_tokens": 20,  # the question's included
       "long_documents": "truncate",  # or chunk, error
+      "max_pieces": 1,  # of document_tokens each, with chunk
       "chat": True,  # questions of files in the embedded models' format
     }
   )
@@ -153,6 +157,7 @@ def _train() -> ConfigDict:
       "b2": 0.999,
       "weight_decay": 0.0,  # MAC
       "clip_norm": 1.0,  # our reading (MAC: 100)
+      "train_aggregator": True,  # a figure may be read as if it were frozen
       "base_dtype": "bfloat16",  # of the language model's weights
       "remat": True,
       "steps_per_call": 1,
@@ -184,9 +189,24 @@ def _eval() -> ConfigDict:
       ),
       "policy": "none",  # of a full bank: fifo, random_prune, ..
       "capacity": 0,  # slots of the bank; 0: the stream's documents
+      "bank_dtype": "float32",  # of the memories kept; or bfloat16
       "decode": "beam3",  # or greedy, diverse12x4 (MAC)
       "max_new_tokens": 16,  # MAC
       "batch_size": 64,
+    }
+  )
+
+
+def _select() -> ConfigDict:
+  """Which weights of the last stage are taken: the best on other questions."""
+  return ConfigDict(
+    {
+      "score": "",  # f1 or em of a validation stream; empty: the last weights
+      "source": "",  # of its rows, for sets; the world has people for it
+      "rows": (),  # (start, stop) of these; empty: all
+      "documents": 200,
+      "every_steps": 500,
+      "patience": 10,  # scores without a gain until training ends; 0: never
     }
   )
 
@@ -200,6 +220,13 @@ def _paper(config: ConfigDict) -> None:
     steps=33_000, banks=4, rows=8, asked=1, questions=1, keep=0.25
   )
   config.memory.injector = "bottleneck"  # our reading, at 7B
+  config.eval.bank_dtype = "bfloat16"
+  # An epoch of MAC's is 660 of these steps; MBC: ten of them without a gain.
+  config.select.update(
+    {
+      "score": "f1", "source": "streamingqa_valid.csv", "every_steps": 660,
+    }
+  )  # fmt: skip
   config.t5.update(
     {"documents": "google-t5/t5-large", "questions": "google-t5/t5-base"}
   )
@@ -250,13 +277,16 @@ def _tiny(config: ConfigDict) -> None:
   # questions on known facts lie below, and 0.1 % of those on new ones.
   config.eval.min_match = 0.735
   # From one memory as it is, through the aggregator, to many to choose among.
-  config.order = ("one", "own", "many")
+  config.order = ("one", "own", "many", "all")
   config.stages.one = _stage(
     steps=600, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
   )
   config.stages.own = _stage(steps=150, retrieved=1)
   config.stages.many = _stage(
     steps=450, rows=16, asked=2, keep=0.5, known=1, retrieved=16
+  )
+  config.stages.all = _stage(
+    steps=450, only=("mac", "mbc"), rows=16, asked=2, keep=0.5, known=1
   )
 
 
@@ -301,6 +331,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
   config.train = _train()
   config.eval = _eval()
+  config.select = _select()
   if name == "paper":
     _paper(config)
     return config

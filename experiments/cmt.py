@@ -18,7 +18,8 @@ ones, and without any. `experiments.compare` puts it beside other methods.
 
 Writes result.json (percent), ladder.md and ladder.json (all scores, answers),
 correct.json (each question, for paired tests) and the trained weights. A
-restart goes on from the last checkpoint. With `start`, and `order` empty,
+restart goes on from the last checkpoint. With `select.score`, the weights are
+those that answer a validation stream best. With `start`, and `order` empty,
 nothing is trained.
 """
 
@@ -43,6 +44,7 @@ from jaxmem.methods import (
   cmt_setup,
   cmt_streams,
   cmt_train,
+  cmt_validation,
 )
 from jaxmem.methods.chain import settings_key
 from jaxmem.methods.remix import check
@@ -65,6 +67,7 @@ class Experiment(NamedTuple):
   stop: launch.Stop
   base: cmt_setup.Base
   stages: tuple[cmt_train.Stage, ...]
+  validation: Stream | None  # to select weights by
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
@@ -72,9 +75,10 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   stages = cmt_setup.make_stages(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
   cmt_setup.ladder(config, len(stream.documents))
+  validation = cmt_validation.load(config) if stages else None
   check("export_dtype", config.export_dtype, tuple(cmt_files.DTYPES))
   base = cmt_setup.load_base(config)
-  exp = Experiment(config, workdir, stop, base, stages)
+  exp = Experiment(config, workdir, stop, base, stages, validation)
   params, record = start(exp), {"steps": 0, "tokens": 0}
   record["parameters"] = cmt_params.num_parameters(params)
   if stages:
@@ -119,6 +123,12 @@ def train(exp: Experiment, params: cmt.Params) -> cmt_train.Trained | None:
   steps = sum(stage.steps for stage in exp.stages)
   training = cmt_setup.make_training(config, steps)
   source = cmt_streams.training_source(config, base, exp.stages)
+  fingerprint, select = settings_key(base.name, cmt_setup.learned(config)), None
+  if exp.validation is not None:
+    select = cmt_validation.make_selection(
+      config, base, exp.validation, exp.workdir, fingerprint=fingerprint,
+      stop=exp.stop,
+    )  # fmt: skip
   return cmt_train.train(
     base.model,
     base.weights,
@@ -131,8 +141,9 @@ def train(exp: Experiment, params: cmt.Params) -> cmt_train.Trained | None:
     rng=jax.random.fold_in(cmt_setup.draw_key(config), 1),
     workdir=exp.workdir,
     stop=exp.stop,
-    fingerprint=settings_key(base.name, cmt_setup.learned(config)),
+    fingerprint=fingerprint,
     events=lambda model: probes(exp, model),
+    select=select,
     profile=tuple(config.profile) if config.profile else None,
   )
 

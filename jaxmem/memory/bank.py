@@ -13,6 +13,8 @@ tokens. Nothing here is meant to be differentiated.
 """
 
 import functools
+import hashlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -77,16 +79,18 @@ def empty(
   Args:
     capacity: M.
     memory_shape: of one document's memory, as (C, D).
-    key_width: E.
+    key_width: E; 0 keeps none, where nothing is chosen by them.
     dtype: of the memories; an integer one is for codes, which are not averaged.
     rng: typed key, kept.
 
   Raises:
-    ValueError: a capacity or a key width below 1.
+    ValueError: a capacity below 1, or a key width below 0.
   """
-  for name, size in (("capacity", capacity), ("key_width", key_width)):
-    if size < 1:
-      raise ValueError(f"bank {name} is {size}; at least 1")
+  for name, size, least in (
+    ("capacity", capacity, 1), ("key_width", key_width, 0),
+  ):  # fmt: skip
+    if size < least:
+      raise ValueError(f"bank {name} is {size}; at least {least}")
   return Bank(
     memories=jnp.zeros((capacity, *memory_shape), dtype),
     key=jnp.zeros((capacity, key_width), jnp.float32),
@@ -102,34 +106,19 @@ def empty(
   )
 
 
-def digest(
-  tokens: Int[Array, "S"], valid: Bool[Array, "S"]
-) -> UInt32[Array, "2"]:
-  """Hash a document's tokens in their order, whatever the padding around them.
+def digest(tokens: Sequence[int], *more: int) -> np.ndarray:
+  """Hash a document's tokens on the host: two words, uint32.
 
-  Two words, each the sum over the valid tokens of a mix of token and rank, and
-  of a mix of their number. Among n different documents, two share a digest with
-  a probability of about n^2 / 2^65: 3e-8 at a million. Not meant to
-  withstand someone who looks for two that do.
-  Source: our choice; the mix is the finaliser of MurmurHash3 (public domain).
+  Among n different documents two share a digest with a probability of about
+  n^2 / 2^65: 3e-8 at a million.
+  Source: our choice; BLAKE2b, cut to 64 bits.
 
   Args:
-    tokens: ids.
-    valid: False on padding.
+    tokens: ids, without padding.
+    more: numbers that go with them, such as a piece's.
   """
-  rank = jnp.cumsum(valid, dtype=jnp.uint32)
-  seeds = jnp.array([0x9E3779B9, 0x7F4A7C15], jnp.uint32)
-  mixed = _mix(tokens.astype(jnp.uint32)[:, None] ^ seeds[None])
-  mixed = _mix(mixed + rank[:, None] * (seeds[::-1] | 1)[None])
-  total = jnp.where(valid[:, None], mixed, 0).sum(axis=0, dtype=jnp.uint32)
-  return _mix(total ^ _mix(valid.sum(dtype=jnp.uint32) + seeds))
-
-
-def _mix(x):
-  """A bijection of 32-bit words in which every bit reaches every bit."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
+  data = np.asarray([*more, *tokens], "<u4").tobytes()
+  return np.frombuffer(hashlib.blake2b(data, digest_size=8).digest(), "<u4")
 
 
 def check_room(bank: Bank, number: int) -> None:

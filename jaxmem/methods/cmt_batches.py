@@ -15,6 +15,7 @@ from jaxmem.models.generate_settings import GenerateSettings
 
 SCORES = ("match", "oracle", "random", "shuffled", "none")
 LONG_DOCUMENTS = ("truncate", "chunk", "error")
+DTYPES = ("float32", "bfloat16")
 
 
 class DocumentBatch(NamedTuple):
@@ -22,6 +23,7 @@ class DocumentBatch(NamedTuple):
 
   texts: Texts  # [B, K, S]
   ids: Any  # [B] int32
+  digest: Any  # [B, K, 2] uint32, of the whole document and the piece's number
   valid: Any  # [B] bool
 
 
@@ -52,6 +54,8 @@ class Reading:
   min_match: float | int = -1.0
   policy: str = "none"  # what a full bank does, see `bank.POLICIES`
   deduplicate: bool = True
+  dtype: str = "float32"  # of the memories kept; of DTYPES
+  keyed: bool = True  # keys are kept, to choose documents by
   batch_size: int = 64
   max_document_tokens: int = 512
   long_documents: str = "truncate"  # of LONG_DOCUMENTS
@@ -64,6 +68,7 @@ class Reading:
       ("score", SCORES),
       ("long_documents", LONG_DOCUMENTS),
       ("policy", bank.POLICIES),
+      ("dtype", DTYPES),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(
@@ -94,6 +99,11 @@ class Reading:
         f"retrieved is {self.retrieved} of a bank of {self.capacity} documents;"
         " give 0 (the whole bank) to its capacity"
       )
+    if self.retrieved and not self.keyed:
+      raise ValueError(
+        f"keyed=False keeps nothing to choose retrieved={self.retrieved} "
+        "documents by: set one of them otherwise"
+      )
     if self.score != "match" and not self.retrieved:
       raise ValueError(
         f"score={self.score} chooses documents: set retrieved to 1 or more"
@@ -112,6 +122,7 @@ def encode_documents(
   size, pieces = reading.max_document_tokens, reading.max_pieces
   shape = (reading.batch_size, pieces, size)
   ids, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
+  digest = np.zeros((*shape[:2], 2), np.uint32)
   for row, document in enumerate(documents):
     if not document.text.strip():
       raise ValueError(
@@ -128,10 +139,11 @@ def encode_documents(
       part = tokens[piece * size : (piece + 1) * size]
       ids[row, piece, : len(part)] = part
       valid[row, piece, : len(part)] = True
+      digest[row, piece] = bank.digest(tokens, piece)
   numbers = np.full(reading.batch_size, -1, np.int32)
   numbers[: len(documents)] = [document.id for document in documents]
   live = np.arange(reading.batch_size) < len(documents)
-  return DocumentBatch(Texts(ids, valid), numbers, live)
+  return DocumentBatch(Texts(ids, valid), numbers, digest, live)
 
 
 def encode_questions(

@@ -75,6 +75,15 @@ def make_post_update(model: Model, moments: Callable) -> Callable | None:
   return post_update
 
 
+def perplexity(memory: Codebook) -> Float[Array, ""]:
+  """How many codes are in use, by the entropy of this step's counts: 1 to V.
+
+  Source: usual of codebooks; one that has collapsed is near 1.
+  """
+  share = memory.counts / jnp.maximum(memory.counts.sum(), 1)
+  return jnp.exp(-jax.scipy.special.xlogy(share, share).sum())
+
+
 def collect(
   memory: Codebook,
   found: quantizer.Quantized,

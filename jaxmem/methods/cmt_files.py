@@ -46,6 +46,17 @@ def find(name: str) -> str:
   return str(folder)
 
 
+# What the weights mean hangs on these, beside their shapes; the others say how
+# something is trained or asked.
+FIXED = (
+  "compressor", "tokens", "share_question_encoder", "question_slots",
+  "lora_rank", "lora_alpha", "lora_targets", "conditional_lora", "output",
+  "blocks", "heads", "head_dim", "injector", "prefix_len", "injector_hidden",
+  "injector_rank", "prefix_positions", "match_pool", "num_codes",
+  "kv_lora_rank", "kv_lora_alpha", "kv_lora_layers", "t5_mask_bug",
+)  # fmt: skip
+
+
 class Saved(NamedTuple):
   """What a directory says of itself."""
 
@@ -121,13 +132,13 @@ def load(
   """Read trained weights, float32.
 
   Args:
-    model: with the settings of `describe`.
+    model: with the settings of `describe` where they are among FIXED.
     frozen: the language model's weights, or their shapes.
     base: their fingerprint.
 
   Raises:
-    ValueError: weights that were trained on another model, or tensors missing,
-      too many or of other shapes.
+    ValueError: weights that were trained on another model or with other
+      settings, or tensors missing, too many or of other shapes.
   """
   directory = pathlib.Path(directory)
   saved = describe(directory)
@@ -136,6 +147,17 @@ def load(
       f"{directory} was trained on the model with fingerprint {saved.base}, "
       f"this one has {base}: load the model that it was trained on, in the "
       "same precision"
+    )
+  ours, theirs = (
+    dataclasses.asdict(s) for s in (model.settings, saved.settings)
+  )
+  if other := [name for name in FIXED if ours[name] != theirs[name]]:
+    listed = ", ".join(
+      f"{name}={theirs[name]} (given {ours[name]})" for name in other
+    )
+    raise ValueError(
+      f"{directory} was trained with other settings: {listed}; set them so, or "
+      "train anew"
     )
   like = jax.eval_shape(
     lambda weights: cmt_params.init(model, weights, rng=jax.random.key(0)),

@@ -81,13 +81,12 @@ def empty_bank(
 ) -> bank.Bank:
   """Return a bank without documents, of vectors or, with a codebook, codes."""
   settings, width = model.settings, model.config.hidden_size
-  shape, dtype = (settings.tokens, width), model.dtype or jnp.float32
+  shape, dtype = (settings.tokens, width), jnp.dtype(reading.dtype)
   if settings.num_codes:
     shape, dtype = (settings.tokens,), jnp.uint16
   pooled = {"mean": width, "flatten": settings.tokens * width}
-  return bank.empty(
-    reading.capacity, shape, pooled[settings.match_pool], dtype=dtype, rng=rng
-  )
+  keys = pooled[settings.match_pool] if reading.keyed else 0
+  return bank.empty(reading.capacity, shape, keys, dtype=dtype, rng=rng)
 
 
 def adapt(
@@ -113,12 +112,13 @@ def adapt(
     memories = quantizer.decode(codebook, stored.astype(jnp.int32))
   else:
     stored = memories.astype(state.memories.dtype)
+  keys = retriever.pooled(memories, settings.match_pool)
   state = bank.write(
     state,
     stored,
-    retriever.pooled(memories, settings.match_pool),
+    keys if reading.keyed else keys[:, :0],
     jnp.repeat(batch.ids, pieces),
-    jax.vmap(bank.digest)(texts.ids, texts.valid),
+    batch.digest.reshape(-1, 2),
     live,
     policy=reading.policy,
     deduplicate=reading.deduplicate,
@@ -178,16 +178,20 @@ def aggregate(
 ) -> jax.Array:
   """Let questions [B, C, D] read what was found, or else the whole bank."""
   settings, weights = model.settings, params["aggregator"]
-  queries = retriever.pooled(question, settings.match_pool)
+  index = None if found is None else found.index
+  memories = stored_memories(params, state, index)
   if found is None:
-    memories = stored_memories(params, state)
     valid = jnp.broadcast_to(state.valid[None], (len(question), len(memories)))
-    scores = queries @ state.key.T
   else:
-    memories = stored_memories(params, state, found.index)
     valid = found.valid
-    scores = jnp.einsum("BE,BRE->BR", queries, state.key[found.index])
-  bias = settings.score_weight * scores if settings.score_weight else None
+  bias = None
+  if settings.score_weight:
+    queries = retriever.pooled(question, settings.match_pool)
+    if found is None:
+      scores = queries @ state.key.T
+    else:
+      scores = jnp.einsum("BE,BRE->BR", queries, state.key[index])
+    bias = settings.score_weight * scores
   if settings.aggregation == "hierarchical":
     return jax.vmap(
       lambda q, m, v: aggregator.hierarchical(
@@ -241,8 +245,9 @@ def answer(
   shape = prefix.key.shape[:3]  # [L, B, P]
   live = jnp.broadcast_to(something[None, :, None], shape)
   prefix = prefix._replace(valid=live)
+  adapters, adapted = params.get("kv_lora"), None
   if readout is not None:
-    prefix, start = _branches(prefix, start)
+    prefix, start, adapted = _branches(prefix, start)
   out = generate.generate(
     model.config,
     frozen,
@@ -251,7 +256,8 @@ def answer(
     reading.decode,
     prefix=prefix,
     start=start,
-    adapters=params.get("kv_lora"),
+    adapters=adapters,
+    adapter_index=None if adapters is None else adapted,
     readout=readout,
     readout_params=frozen,
     constrain=model.constrain,
@@ -261,12 +267,17 @@ def answer(
 
 
 def _branches(prefix, start):
-  """Rows with and without the memory side by side, [L, 2 B, P, ..]; [2 B]."""
+  """Rows with and without the memory side by side, [L, 2 B, P, ..]; [2 B].
+
+  The last is 1 in rows with it: the plain branch is the model as it was, in
+  training too.
+  """
   prefix = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=1), prefix)
   rows = prefix.valid.shape[1]
   with_memory = jnp.arange(rows) % 2 == 0
   live = prefix.valid & with_memory[None, :, None]
-  return prefix._replace(valid=live), jnp.repeat(start, 2) * with_memory
+  starts = jnp.repeat(start, 2) * with_memory
+  return prefix._replace(valid=live), starts, with_memory.astype(jnp.int32)
 
 
 def make_readout(model: cmt.Model) -> generate.Readout:

@@ -154,6 +154,8 @@ def make_loss(model: Model) -> Callable:
     }
     if found.vq is not None:
       metrics["vq"] = found.vq
+      used = codebook.perplexity(found.memory)
+      metrics["codes"] = (used, jnp.ones_like(used))
     if settings.reconstruct:
       metrics["text"] = _text_nll(model, frozen, params, batch, found.local)
     total = nll.sum() + _others(settings, metrics, gather)

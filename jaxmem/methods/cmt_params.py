@@ -231,6 +231,7 @@ def make_optimizer(
   b2: float | int = 0.999,
   weight_decay: float | int = 0.0,
   clip_norm: float | int | None = 1.0,
+  train_aggregator: bool = True,
 ) -> optax.GradientTransformation:
   """Make AdamW that never touches an adapter's `scale` and `mask`.
 
@@ -238,10 +239,15 @@ def make_optimizer(
     rate: a schedule.
     t5_scale: factor on the rate of T5s, where there are any.
     b1, b2, weight_decay, clip_norm: see `optimizer.adamw`.
+    train_aggregator: False leaves the aggregator as it is: the paper's figure
+      can be read so, though nothing else is said to map onto it.
   """
   groups = [optimizer.Group(r"(^|/)(scale|mask)$", weight_decay=0.0)]
   if t5_scale is not None:
     groups.insert(0, optimizer.Group(r"(^|/)t5/", rate_scale=t5_scale))
+  if not train_aggregator:
+    held = optimizer.Group(r"^aggregator/", rate_scale=0.0)
+    groups.insert(0, held)
   return optimizer.adamw(
     rate, b1=b1, b2=b2, weight_decay=weight_decay, clip_norm=clip_norm,
     groups=groups,

@@ -69,22 +69,35 @@ def make_stages(config: ConfigDict) -> tuple[cmt_train.Stage, ...]:
   """Build the stages in their order; none with trained weights to start from.
 
   Raises:
-    ValueError: no stage and no weights, an unknown one, or a count below 1.
+    ValueError: no stage and no weights, an unknown one, none of the method, or
+      a count below 1.
   """
+  check("method", config.method, tuple(METHODS))
   if not config.order and not config.start:
     raise ValueError(
       "order names no stage: give some of config.stages, or trained weights "
       "with config.start"
     )
-  return tuple(_stage(config, name) for name in config.order)
+  for name in config.order:
+    if name not in config.stages:
+      raise ValueError(
+        f"order names the stage {name!r}; config.stages has "
+        f"{', '.join(config.stages)}"
+      )
+  found = tuple(
+    _stage(config, name)
+    for name in config.order
+    if config.method in (config.stages[name].only or METHODS)
+  )
+  if config.order and not found:
+    raise ValueError(
+      f"order={tuple(config.order)} has no stage of method={config.method}: "
+      "see only of config.stages"
+    )
+  return found
 
 
 def _stage(config, name) -> cmt_train.Stage:
-  if name not in config.stages:
-    raise ValueError(
-      f"order names the stage {name!r}; config.stages has "
-      f"{', '.join(config.stages)}"
-    )
   stage, data = config.stages[name], config.data
   for key in ("steps", "banks", "rows", "documents", "asked", "questions"):
     if stage[key] < 1:
@@ -96,8 +109,8 @@ def _stage(config, name) -> cmt_train.Stage:
     )
   same = ("no_aggregate", "keep", "reconstruct")
   changes = {key: stage[key] for key in same}
+  changes["train_retrieved"] = stage.retrieved
   if config.method == "cmt":  # the others have none of these
-    changes["train_retrieved"] = stage.retrieved
     for key in ("alpha", "beta"):
       if stage[key] is not None:
         changes[key] = stage[key]
@@ -137,7 +150,7 @@ def make_training(config: ConfigDict, total_steps: int) -> cmt_train.Training:
     )
   same = (
     "rate", "schedule", "end_ratio", "b1", "b2", "weight_decay", "clip_norm",
-    "steps_per_call", "save_steps", "log_steps",
+    "train_aggregator", "steps_per_call", "save_steps", "log_steps",
   )  # fmt: skip
   t5 = make_settings(config).compressor == "t5"
   return cmt_train.Training(
@@ -220,29 +233,38 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
       that is too small without a policy.
   """
   asked, data = config.eval, config.data
-  capacity = asked.capacity or documents
-  if capacity < documents and asked.policy == "none":
+  most = documents * data.max_pieces
+  capacity = asked.capacity or most
+  if capacity < most and asked.policy == "none":
     raise ValueError(
-      f"eval.capacity is {capacity} and the stream has {documents} documents: "
-      "raise it, or say with eval.policy what a full bank does "
+      f"eval.capacity is {capacity} and the stream has {documents} documents, "
+      f"in up to {data.max_pieces} pieces each: raise it, or say with "
+      "eval.policy what a full bank does "
       f"({', '.join(bank.POLICIES[1:])})"
     )
   given = {
     "capacity": capacity,
     "decode": decoding(asked.decode, asked.max_new_tokens),
-    "retrieved": min(retrieved(config), documents),
+    "retrieved": min(retrieved(config), capacity),
     "score": asked.score,
     "min_match": asked.min_match if retrieved(config) else -1.0,
+    "dtype": asked.bank_dtype,
     "policy": asked.policy,
     "batch_size": asked.batch_size,
     "max_document_tokens": data.document_tokens,
     "long_documents": data.long_documents,
+    "max_pieces": data.max_pieces,
     "chat": data.chat,
   }
-  return Reading(**(given | changes))
+  given |= changes
+  weighs = own_settings(config).get("score_weight", 0)
+  given["keyed"] = bool(given["retrieved"] or weighs)
+  return Reading(**given)
 
 
+CONFIGURED = "configured"  # as of_method and eval say
 RUNGS = {
+  CONFIGURED: {},
   "own memory": {"retrieved": 1, "score": "oracle"},
   "top-16": {"retrieved": 16},
   "top-4": {"retrieved": 4},
@@ -265,13 +287,18 @@ def ladder(config: ConfigDict, documents: int) -> dict[str, Reading]:
   out = {}
   for name in config.eval.ladder:
     check("eval.ladder", name, tuple(RUNGS))
+    if name == CONFIGURED:
+      out[name] = make_reading(config, documents)
+      continue
     changes = {"score": "match"} | RUNGS[name]
     if changes["score"] != "match" or not changes["retrieved"]:
       changes["min_match"] = -1.0
-    capacity = config.eval.capacity or documents
+    capacity = config.eval.capacity or documents * config.data.max_pieces
     changes["retrieved"] = min(changes["retrieved"], capacity)
     out[name] = make_reading(config, documents, **changes)
-  return out
+  # One bank is asked in every way, so it has keys if one of them needs them.
+  keyed = any(x.keyed for x in out.values())
+  return {k: dataclasses.replace(x, keyed=keyed) for k, x in out.items()}
 
 
 def learned(config: ConfigDict) -> dict[str, Any]:
@@ -286,6 +313,7 @@ def learned(config: ConfigDict) -> dict[str, Any]:
     "data": {k: str(v) for k, v in config.data.items()},
     "start": config.start,
     "t5": config.t5.to_dict(),
+    "select": {k: str(v) for k, v in config.select.items()},
     "seed": config.seed,
   }
 

@@ -17,7 +17,13 @@ import numpy as np
 from jaxmem.data import memory_rows
 from jaxmem.data.memory_rows import MemoryRows
 from jaxmem.data.world import World
-from jaxmem.methods import cmt, cmt_codebook, cmt_loss, cmt_params
+from jaxmem.methods import (
+  cmt,
+  cmt_codebook,
+  cmt_loss,
+  cmt_params,
+  cmt_select,
+)
 from jaxmem.methods.chain import Clock
 from jaxmem.training import checkpoint, loop, optimizer, parallel
 from jaxmem.training.logging import Logger
@@ -54,6 +60,7 @@ class Training:
   b2: float | int = 0.999
   weight_decay: float | int = 0.0
   clip_norm: float | int | None = 1.0
+  train_aggregator: bool = True
   steps_per_call: int = 1
   save_steps: int = 0
   log_steps: int = 0
@@ -105,6 +112,7 @@ def make_transformation(training: Training, total_steps: int) -> Any:
     b2=training.b2,
     weight_decay=training.weight_decay,
     clip_norm=training.clip_norm,
+    train_aggregator=training.train_aggregator,
   )
 
 
@@ -161,6 +169,7 @@ def train(
   stop: Callable[[int], bool],
   fingerprint: str = "",
   events: Callable[[cmt.Model], Sequence[loop.Event]] = lambda model: (),
+  select: cmt_select.Selection | None = None,
   profile: tuple[int, int] | None = None,
 ) -> Trained | None:
   """Train stage after stage, from the last checkpoint if there is one.
@@ -171,6 +180,7 @@ def train(
     fingerprint: of all that decides the result; a checkpoint of another run is
       refused.
     events: a stage's model -> what is done between steps.
+    select: which weights of the last stage come back; None: its last ones.
     profile: (first step, steps) to trace.
 
   Returns: None where the run was asked to end before.
@@ -187,25 +197,46 @@ def train(
   for stage, end in zip(stages, ends, strict=True):
     if int(state.step) >= end:
       continue
+    chosen = select if end == ends[-1] else None
+    if not _caught_up(chosen, state, first=int(end) - stage.steps):
+      return None
     state, finished = _run_stage(
       model, frozen, state, stage, int(end), source, training, tx,
       mesh=mesh, rules=rules, rng=rng, workdir=workdir, stop=stop,
       saves=loop.Checkpoints(
         root, training.save_steps, keep=1, fingerprint=fingerprint
       ),
-      clock=clock, events=events(stage_model(model, stage)), profile=profile,
+      clock=clock, events=events(stage_model(model, stage)), select=chosen,
+      profile=profile,
     )  # fmt: skip
     if not finished:
       return None
   record = {"steps": int(state.step)} | clock.position()
-  return Trained(jax.tree.map(jnp.asarray, state.params), record)
+  params = state.params
+  if select is not None:
+    params, record["selected_step"] = cmt_select.best(select, state)
+  return Trained(jax.tree.map(jnp.asarray, params), record)
+
+
+def _caught_up(select, state, first) -> bool:
+  """Score a restored state that was stopped before; False: stopped again."""
+  step = int(state.step)
+  if select is None or step == first or step % select.every_steps:
+    return True
+  return cmt_select.consider(select, step, state) is not None
 
 
 def _run_stage(
   model, frozen, state, stage, end, source, training, tx, *, mesh, rules, rng,
-  workdir, stop, saves, clock, events, profile,
+  workdir, stop, saves, clock, events, select, profile,
 ) -> tuple[TrainState, bool]:  # fmt: skip
   """Train one stage: (state, whether it came to its end)."""
+  if select is not None:
+    events = [*events, _selecting(select)]
+
+  def ended(step):
+    return select is not None and cmt_select.has_ended(select, step)
+
   compiled = parallel.compile_step(
     make_step(model, stage, source, tx),
     state,
@@ -222,11 +253,20 @@ def _run_stage(
   ) as logger:
     done = loop.train(
       compiled, compiled.put_state(state), compiled.put_frozen(frozen), stream,
-      rng, total_steps=end, logger=logger, stop=stop, checkpoints=saves,
+      rng, total_steps=end, logger=logger,
+      stop=lambda step: stop(step) or ended(step), checkpoints=saves,
       log_steps=training.log_steps, events=events, profile=profile,
       profile_dir=workdir / "profile",
     )  # fmt: skip
-  return done.state, done.finished
+  return done.state, done.finished or ended(int(done.state.step))
+
+
+def _selecting(select) -> loop.Event:
+  def score(step, state):
+    found = cmt_select.consider(select, step, state)
+    return {} if found is None else {"validation": found}
+
+  return loop.Event(select.every_steps, score)
 
 
 def num_tokens(stages: Sequence[Stage]) -> int:

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -10,7 +11,7 @@ from safetensors.numpy import load_file
 from experiments import cmt as experiment
 from jaxmem import config as configs
 from jaxmem.data import world
-from jaxmem.methods import cmt_setup, cmt_streams, cmt_train
+from jaxmem.methods import cmt_setup, cmt_streams, cmt_train, cmt_validation
 from tests.experiments.conftest import StopAfter
 
 CONFIG = "configs/cmt.py:smoke"
@@ -88,7 +89,7 @@ def questions(tmp_path_factory):
 
 @pytest.fixture
 def compiled_once(monkeypatch):
-  """Runs with equal settings share a train step's program."""
+  """Runs with equal settings share programs."""
   make, compiled = cmt_train.make_step, cmt_train.parallel.compile_step
   steps, programs = {}, {}
 
@@ -101,6 +102,14 @@ def compiled_once(monkeypatch):
       programs[step] = compiled(step, *args, **kwargs)
     return programs[step]
 
+  score, scores = cmt_validation.make_score, {}
+
+  def make_score(base, reading, *args, **kwargs):
+    if reading not in scores:
+      scores[reading] = score(base, reading, *args, **kwargs)
+    return scores[reading]
+
+  monkeypatch.setattr(cmt_validation, "make_score", make_score)
   monkeypatch.setattr(cmt_train, "make_step", make_step)
   monkeypatch.setattr(cmt_train.parallel, "compile_step", compile_step)
 
@@ -109,19 +118,31 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
   model_dir, questions, compiled_once, tmp_path, monkeypatch
 ):
   """Articles of one file are split; the ids of those asked are written."""
-  config = make_config(model_dir, **FILE | {"data.source": str(questions)})
+  source = {"data.source": str(questions)}
+  select = {
+    "score": "f1",
+    "source": questions,
+    "documents": 1,
+    "every_steps": 2,
+  }
+  select = {f"select.{name}": str(value) for name, value in select.items()}
+  config = make_config(model_dir, **FILE | source | select)
   experiment.run(config, tmp_path / "whole", never)
   text = _answers(tmp_path / "whole")
   result = json.loads((tmp_path / "whole" / "result.json").read_text())
   assert result["steps"] == 4 and result["documents"] == 1
   assert 0 <= result["top"] <= 100 and "pipeline check" in result["note"]
   assert result["parameters"]["total"] > 100
+  history = tmp_path / "whole" / "selection" / "selection.json"
+  scores = dict(json.loads(history.read_text()))
+  assert list(scores) == [2, 4] and all(0 <= s <= 100 for s in scores.values())
+  assert scores[result["selected_step"]] == max(scores.values())
   ids = json.loads((tmp_path / "whole" / cmt_streams.IDS_FILE).read_text())
   assert len(ids["rows"]) == len(text) == 2
 
   # Trained weights are asked again without training, to the same answers.
   again = configs.apply(
-    make_config(model_dir, **FILE | {"data.source": str(questions)}),
+    make_config(model_dir, **FILE | source),
     {"start": str(tmp_path / "whole" / "memory"), "order": "()"},
   )
   experiment.run(again, tmp_path / "again", never)
@@ -165,6 +186,12 @@ def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
     ({"eval.ladder": "('best',)"}, "eval.ladder"),
     ({"eval.decode": "sampling"}, "sampling"),
     ({"eval.capacity": 5}, "stream has 6 documents"),
+    ({"select.score": "loss"}, "select.score is 'loss'"),
+    (
+      {"select.score": "em", "select.every_steps": 0},
+      "select.every_steps is 0",
+    ),
+    ({"order": "('all',)"}, "has no stage of method=cmt"),
     ({"export_dtype": "float8"}, "export_dtype is 'float8'"),
     ({"stages.many.no_aggregate": True}, "has known=1 questions"),
     ({"data.document_tokens": 255}, "positions leave 254"),
@@ -192,8 +219,40 @@ def test_the_three_methods_differ_as_said():
     stage = dict(cmt_setup.make_stages(config)[-1].changes)
     found[name] = (settings.alpha, settings.beta, settings.num_codes, stage)
   assert found["mac"][:3] == (0, 0, 0) and found["mbc"][:3] == (0, 0, 512)
-  assert found["cmt"][0] > 0 and "train_retrieved" not in found["mac"][3]
+  assert found["cmt"][0] > 0 and found["mac"][3]["train_retrieved"] == 0
   assert found["cmt"][3]["train_retrieved"] == 16
+
+
+def test_a_ladder_shares_one_bank():
+  config = configs.load("configs/cmt.py:tiny")
+  configs.apply(
+    config,
+    {"method": "mac", "eval.ladder": "('configured', 'all')",
+     "data.long_documents": "chunk", "data.max_pieces": 2},
+  )  # fmt: skip
+  found = cmt_setup.ladder(config, 10)
+  assert found["configured"] == found["all"]
+  assert not found["all"].keyed and found["all"].capacity == 20
+  configs.apply(config, {"eval.ladder": "('all', 'top-16')"})
+  assert all(reading.keyed for reading in cmt_setup.ladder(config, 10).values())
+  configs.apply(config, {"method": "cmt", "eval.ladder": "('configured',)"})
+  assert cmt_setup.ladder(config, 10)["configured"].retrieved == 16
+
+
+def test_a_frozen_aggregator_stays():
+  config = configs.load("configs/cmt.py:tiny")
+  configs.apply(
+    config, {"train.train_aggregator": False, "train.warmup_percent": 0.0}
+  )
+  training = cmt_setup.make_training(config, 100)
+  tx = cmt_train.make_transformation(training, 100)
+  params = {
+    "aggregator": {"out": jnp.ones(2)},
+    "injector": {"x": jnp.ones(2), "scale": jnp.ones(())},
+  }
+  moved, _ = tx.update(params, tx.init(params), params)
+  assert (moved["aggregator"]["out"] == 0).all()
+  assert (moved["injector"]["x"] != 0).all()
 
 
 def test_paper_configs_are_whole():

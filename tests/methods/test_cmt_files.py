@@ -37,8 +37,20 @@ def test_weights_of_another_model_or_shape_are_refused(tmp_path):
   cmt_files.save(tmp_path, SAVED, params_of(MODEL))
   with pytest.raises(ValueError, match="fingerprint base, this one has other"):
     load(tmp_path, base="other")
-  with pytest.raises(ValueError, match="compressor/slots: expected"):
+  with pytest.raises(ValueError, match=r"tokens=3 \(given 4\); set them so"):
     load(tmp_path, model_of(tokens=4))
+  with pytest.raises(
+    ValueError, match="trained with other settings: lora_alph"
+  ):
+    load(tmp_path, model_of(lora_alpha=1.0))
+  load(tmp_path, model_of(alpha=0.25))  # says how it is asked
+  wrong = {k: v[..., :1] for k, v in params_of(MODEL)["compressor"].items()
+           if k == "slots"}  # fmt: skip
+  params = params_of(MODEL)
+  wrong = params | {"compressor": params["compressor"] | wrong}
+  cmt_files.save(tmp_path, SAVED, wrong)
+  with pytest.raises(ValueError, match="compressor/slots: expected"):
+    load(tmp_path)
 
 
 def test_missing_or_broken_files(tmp_path):

@@ -188,6 +188,57 @@ def test_long_documents_become_several_entries():
   )
 
 
+def test_the_plain_branch_has_no_adapter():
+  """With alpha and an adapter of keys, decode and loss mean the same."""
+  model = model_of(alpha=0.5, kv_lora_rank=2)
+  params = params_of(model)
+  adapters = {
+    part: {
+      name: adapter | {"lora_B": 30 * jnp.ones_like(adapter["lora_B"])}
+      for name, adapter in names.items()
+    }
+    for part, names in params["kv_lora"].items()
+  }
+  params = params | {"kv_lora": adapters}
+  weights = cmt_learner.Weights(small.params(), params)
+  learner = cmt_learner.make_learner(
+    "small", model, weights, READING, small.tokenizer()
+  )
+  # Of an empty bank l(y | KV, q) has the adapter, l(y | q) has not.
+  out = ask(learner, learner.init(jax.random.key(0)))
+  prompt = jax.tree.map(
+    jnp.asarray, learner.encode_questions(QUESTIONS[:1]).prompt
+  )
+  states = [
+    cmt.read(model, small.params(), p, prompt, None)[0, -1]
+    for p in (params, {})
+  ]
+  best = [
+    int(generate.decoder.logits(small.CONFIG, small.params(), h[None]).argmax())
+    for h in (cmt.adjust(*states, 0.5), states[0])
+  ]
+  assert int(out.tokens[0, 0]) == best[0]
+
+
+def test_documents_with_one_beginning_are_not_the_same():
+  documents = [Document(0, "w1 w2 w3"), Document(1, "w1 w2 w4"),
+               Document(2, "w1 w2 w3")]  # fmt: skip
+  reading = dataclasses.replace(READING, max_document_tokens=2)
+  state = read(learner_of(model_of(), reading), documents)
+  assert int(state.valid.sum()) == 2 and int(state.duplicates) == 1
+
+
+def test_a_bank_keeps_what_is_asked_for():
+  model = model_of(mac.settings)
+  reading = dataclasses.replace(
+    READING, retrieved=0, keyed=False, dtype="bfloat16"
+  )
+  learner = learner_of(model, reading)
+  state = read(learner)
+  assert state.memories.dtype == jnp.bfloat16 and state.key.shape == (8, 0)
+  assert ask(learner, state).tokens.shape == (4, 3)
+
+
 def test_bad_documents_and_settings():
   learner = learner_of(model_of())
   with pytest.raises(ValueError, match="document 7 is empty"):
@@ -202,6 +253,8 @@ def test_bad_documents_and_settings():
     ({"score": "bm25"}, "score is 'bm25'"),
     ({"policy": "lru"}, "policy is 'lru'"),
     ({"max_pieces": 2}, "only chunk cuts"),
+    ({"dtype": "float8"}, "dtype is 'float8'"),
+    ({"keyed": False}, "keyed=False keeps nothing"),
     ({"min_match": 2.0}, "min_match is 2.0"),
     ({"min_match": 0.5, "retrieved": 0}, "set retrieved to 1 or more"),
     ({"score": "random", "retrieved": 0}, "set retrieved to 1 or more"),
