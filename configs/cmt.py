@@ -172,7 +172,7 @@ def _eval() -> ConfigDict:
     {
       "every_steps": 500,  # probe during training; 0: never
       "probe_documents": 256,
-      "score": "match",  # or oracle, random, shuffled, none: diagnoses
+      "score": "match",  # or bm25, oracle, random, shuffled, none: diagnoses
       # Of CMT: the cosine of its best document below which a question draws on
       # none; -1: it always does (the paper).
       "min_match": -1.0,
@@ -183,6 +183,8 @@ def _eval() -> ConfigDict:
         "top-4",
         "top-1",
         "all",
+        "bm25 16",
+        "bm25 1",
         "random 16",
         "shuffled",
         "no memory",

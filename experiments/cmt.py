@@ -47,6 +47,7 @@ from jaxmem.methods import (
   cmt_validation,
 )
 from jaxmem.methods.chain import settings_key
+from jaxmem.methods.prompt_learners import search
 from jaxmem.methods.remix import check
 from jaxmem.training import loop, parallel
 
@@ -180,8 +181,16 @@ def ask(
   readings = cmt_setup.ladder(config, len(stream.documents))
   learners = {
     name: cmt_learner.make_learner(
-      name, base.model, weights, reading, base.tokenizer, asking=base.asking
-    )
+      name,
+      base.model,
+      weights,
+      reading,
+      base.tokenizer,
+      asking=base.asking,
+      search=search(stream.documents, reading.retrieved)
+      if reading.score == "bm25"
+      else None,
+    )  # fmt: skip
     for name, reading in readings.items()
   }
   return cmt_streams.climb(

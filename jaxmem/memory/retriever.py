@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-POOLS = ("mean", "flatten")  # C vectors to one key: E = D, or C D
-SCORES = (*POOLS, "tokenwise_mean", "maxsim")  # of two texts
+# C vectors to one key: E = D of mean, or C D.
+POOLS = ("mean", "flatten", "tokenwise_mean")
+SCORES = (*POOLS, "maxsim")  # of two texts
 _SHORT = 1e-6  # a vector below this norm has no direction: its unit is zero
 _ONCE = 1 << 23  # scores that top_k holds at once by default, 32 MiB
 _BLOCK_SCORES = 1 << 17  # of a block where there are more: in a core's cache
@@ -42,9 +43,10 @@ def pooled(memories: Float[Array, "*B C D"], how: str = "mean") -> jax.Array:
 
   Args:
     memories: memory vectors of one text, or of several.
-    how: of POOLS.
+    how: of POOLS; products of keys are, of tokenwise_mean, the mean cosine of
+      the vectors in the same place.
 
-  Returns: [*B, D] of mean, [*B, C D] of flatten.
+  Returns: [*B, D] of mean, [*B, C D] of the others.
 
   Raises:
     ValueError: an unknown pool.
@@ -54,6 +56,8 @@ def pooled(memories: Float[Array, "*B C D"], how: str = "mean") -> jax.Array:
   vectors = memories.astype(jnp.float32)
   if how == "mean":
     return _unit(vectors.mean(axis=-2))
+  if how == "tokenwise_mean":
+    vectors = _unit(vectors)
   return _unit(vectors.reshape(*vectors.shape[:-2], -1))
 
 
@@ -63,8 +67,8 @@ def score(
   """Compare two texts: in [-1, 1].
 
   Args:
-    how: of SCORES: the cosine of their keys; the mean cosine of the vectors in
-      the same place; or each question vector's highest cosine, averaged.
+    how: of SCORES: the cosine of their keys, or each question vector's highest
+      cosine, averaged.
 
   Raises:
     ValueError: an unknown score.
@@ -74,8 +78,6 @@ def score(
   if how in POOLS:
     return pooled(question, how) @ pooled(memory, how)
   question, memory = (_unit(x.astype(jnp.float32)) for x in (question, memory))
-  if how == "tokenwise_mean":
-    return (question * memory).sum(axis=-1).mean()
   return (question @ memory.T).max(axis=1).mean()
 
 

@@ -1,7 +1,7 @@
 """Documents and questions as a bank's learner reads them, made on the host."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from jaxmem.memory import bank
 from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
 
-SCORES = ("match", "oracle", "random", "shuffled", "none")
+SCORES = ("match", "bm25", "oracle", "random", "shuffled", "none")
 LONG_DOCUMENTS = ("truncate", "chunk", "error")
 DTYPES = ("float32", "bfloat16")
 
@@ -34,6 +34,7 @@ class QuestionBatch(NamedTuple):
   prompt: Texts  # [B, A]
   ids: Any  # [B] int32, of the questions
   documents: Any  # [B] int32, which one answers; for scores of diagnosis only
+  found: Any  # [B, R] int32, ids of a search by text, -1 none; R = 0 without
   valid: Any  # [B] bool
 
 
@@ -151,13 +152,24 @@ def encode_questions(
   asking: Any,
   tokenizer: Any,
   questions: Sequence[Question],
+  *,
+  search: Callable[[str], Sequence[int]] | None = None,
 ) -> QuestionBatch:
   """Tokenise questions, and fill up to `batch_size`; the lengths are buckets.
 
   Args:
     asking: tokenizer of the compressor.
     tokenizer: of the language model.
+    search: question -> ids of documents, with score="bm25".
+
+  Raises:
+    ValueError: that score without a search.
   """
+  if reading.score == "bm25" and search is None:
+    raise ValueError(
+      "score=bm25 finds documents by their text, which a bank does not keep: "
+      "give make_learner a search"
+    )
   texts = [prompt_text(question.text, reading.chat) for question in questions]
   parts = [
     [
@@ -178,7 +190,13 @@ def encode_questions(
   columns = np.full((2, rows), -1, np.int32)
   columns[0, : len(texts)] = [question.id for question in questions]
   columns[1, : len(texts)] = [question.document for question in questions]
-  return QuestionBatch(*padded, *columns, np.arange(rows) < len(texts))
+  width = reading.retrieved if reading.score == "bm25" else 0
+  found = np.full((rows, width), -1, np.int32)
+  for row, question in enumerate(questions if width else ()):
+    ids = search(question.text)[:width]
+    found[row, : len(ids)] = ids
+  live = np.arange(rows) < len(texts)
+  return QuestionBatch(*padded, *columns, found, live)
 
 
 def prompt_text(question: str, chat: bool) -> str:

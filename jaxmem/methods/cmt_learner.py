@@ -6,6 +6,7 @@ diagnostics.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ def make_learner(
   tokenizer: Any,
   *,
   asking: tuple[Any, Any] | None = None,
+  search: Callable[[str], Sequence[int]] | None = None,
 ) -> Learner:
   """Make a learner of trained weights; the weights do not move.
 
@@ -46,6 +48,7 @@ def make_learner(
     tokenizer: of the language model.
     asking: tokenizers of the compressors of documents and questions; None: the
       language model's.
+    search: question -> ids of documents, with score="bm25".
   """
   readout = None
   if model.settings.decode_alpha:
@@ -57,7 +60,7 @@ def make_learner(
       encode_documents, reading, tokenizers[0]
     ),
     encode_questions=functools.partial(
-      encode_questions, reading, tokenizers[1], tokenizer
+      encode_questions, reading, tokenizers[1], tokenizer, search=search
     ),
     # A key of its own: the state is consumed, and the caller keeps its key.
     init=lambda rng: empty_bank(model, reading, rng=jax.random.fold_in(rng, 0)),
@@ -84,8 +87,8 @@ def empty_bank(
   shape, dtype = (settings.tokens, width), jnp.dtype(reading.dtype)
   if settings.num_codes:
     shape, dtype = (settings.tokens,), jnp.uint16
-  pooled = {"mean": width, "flatten": settings.tokens * width}
-  keys = pooled[settings.match_pool] if reading.keyed else 0
+  keys = width * (1 if settings.match_pool == "mean" else settings.tokens)
+  keys = keys if reading.keyed else 0
   return bank.empty(reading.capacity, shape, keys, dtype=dtype, rng=rng)
 
 
@@ -145,6 +148,8 @@ def retrieve(
     found = retriever.top_k(queries, state.key, state.valid, number)
     close = found.values[:, :1] >= reading.min_match
     return found._replace(valid=found.valid & close)
+  if reading.score == "bm25":
+    return _slots_of(state, batch.found)
   gold = state.doc_id[None] == batch.documents[:, None]
   allowed = state.valid[None] & {
     "oracle": gold, "shuffled": ~gold, "random": jnp.ones_like(gold),
@@ -157,6 +162,17 @@ def retrieve(
   )(batch.ids)
   values, index = jax.lax.top_k(jnp.where(allowed, draws, -jnp.inf), number)
   return retriever.Retrieved(values, index, values > -jnp.inf)
+
+
+def _slots_of(state: bank.Bank, ids: jax.Array) -> retriever.Retrieved:
+  """Find the slots of documents [B, R], one for each; -1 is none."""
+  most = jnp.iinfo(jnp.int32).max
+  held = jnp.where(state.valid, state.doc_id, most)
+  order = jnp.argsort(held)
+  place = jnp.searchsorted(held[order], ids).astype(jnp.int32)
+  index = order[jnp.minimum(place, len(order) - 1)].astype(jnp.int32)
+  valid = (held[index] == ids) & (ids >= 0)
+  return retriever.Retrieved(jnp.where(valid, 0.0, -jnp.inf), index, valid)
 
 
 def stored_memories(

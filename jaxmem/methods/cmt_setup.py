@@ -270,6 +270,8 @@ RUNGS = {
   "top-4": {"retrieved": 4},
   "top-1": {"retrieved": 1},
   "all": {"retrieved": 0},
+  "bm25 16": {"retrieved": 16, "score": "bm25"},
+  "bm25 1": {"retrieved": 1, "score": "bm25"},
   "random 16": {"retrieved": 16, "score": "random"},
   "shuffled": {"retrieved": 1, "score": "shuffled"},
   "no memory": {"retrieved": 1, "score": "none"},

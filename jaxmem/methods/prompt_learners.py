@@ -352,6 +352,24 @@ def bm25(reader: Reader, top_k: int, *, name: str = "bm25") -> Learner:
   return _learner(name, reader, choose, width=top_k, make_index=_index)
 
 
+def search(
+  documents: Sequence[Document], top_k: int
+) -> Callable[[str], list[int]]:
+  """Make a search by BM25: question -> ids of documents, the best first.
+
+  Of pieces with one id it comes once; fewer than `top_k` where others share no
+  word with the question.
+  """
+  index = _index(documents)
+
+  def find(question):
+    found = _search(index, words(question), len(documents))
+    ids = dict.fromkeys(documents[i].id for i in found)
+    return list(ids)[:top_k]
+
+  return find
+
+
 def _index(documents):
   """Count words; None where there is no document."""
   # Imported here: it touches the devices, before processes have joined.

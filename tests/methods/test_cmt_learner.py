@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from jaxmem.data.streams import Document, Question
-from jaxmem.methods import cmt, cmt_batches, cmt_learner, cmt_loss, mac, mbc
+from jaxmem.methods import (
+  cmt,
+  cmt_batches,
+  cmt_learner,
+  cmt_loss,
+  mac,
+  mbc,
+  prompt_learners,
+)
 from jaxmem.methods.cmt_batches import Reading
 from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
@@ -156,6 +164,31 @@ def test_scores_of_diagnosis(score):
   }[score]
 
 
+def test_memories_by_the_text_of_their_documents():
+  _, state = _read_plain()
+  model = model_of(alpha=0.5)
+  reading = dataclasses.replace(READING, score="bm25", retrieved=2)
+  weights = cmt_learner.Weights(small.params(), params_of(model))
+  learner = cmt_learner.make_learner(
+    "small", model, weights, reading, small.tokenizer(),
+    search=prompt_learners.search(DOCUMENTS[:3], 2),
+  )  # fmt: skip
+  batch = learner.encode_questions(
+    [Question(0, f"{WORDS[5]} {WORDS[7]} {WORDS[8]}", ("w1",), 2),
+     Question(1, f"{WORDS[17]}", ("w1",), 5)]
+  )  # fmt: skip
+  np.testing.assert_array_equal(batch.found[:2], [[2, 1], [-1, -1]])
+  state = state._replace(doc_id=state.doc_id.at[2].set(1).at[1].set(2))
+  found = cmt_learner.retrieve(
+    model, reading, state, jnp.ones((4, 3, small.CONFIG.hidden_size)),
+    jax.tree.map(jnp.asarray, batch),
+  )  # fmt: skip
+  np.testing.assert_array_equal(found.index[0], [1, 2])
+  np.testing.assert_array_equal(found.valid[:2], [[True, True], [False, False]])
+  with pytest.raises(ValueError, match="give make_learner a search"):
+    learner_of(model, reading).encode_questions(QUESTIONS)
+
+
 def test_compiled_it_starts_again_from_the_same_key():
   """The state is consumed, the key that it began with is not."""
   mesh = parallel.make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -250,7 +283,7 @@ def test_bad_documents_and_settings():
     learner_of(model_of(), strict).encode_documents(DOCUMENTS[:1])
   for changes, message in (
     ({"retrieved": 9}, "retrieved is 9 of a bank of 8"),
-    ({"score": "bm25"}, "score is 'bm25'"),
+    ({"score": "tfidf"}, "score is 'tfidf'"),
     ({"policy": "lru"}, "policy is 'lru'"),
     ({"max_pieces": 2}, "only chunk cuts"),
     ({"dtype": "float8"}, "dtype is 'float8'"),
