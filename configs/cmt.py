@@ -279,16 +279,22 @@ def _tiny(config: ConfigDict) -> None:
   # questions on known facts lie below, and 0.1 % of those on new ones.
   config.eval.min_match = 0.735
   # From one memory as it is, through the aggregator, to many to choose among.
-  config.order = ("one", "own", "many", "all")
+  config.order = ("one", "own", "two", "four", "many", "all")
   config.stages.one = _stage(
     steps=600, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
   )
   config.stages.own = _stage(steps=150, retrieved=1)
+  # MAC and MBC have no loss by which documents are told apart: they learn to
+  # choose among 2, 4, 16, and in the end all. Among 64 at once they stay at
+  # chance.
+  banks = ("mac", "mbc")
+  config.stages.two = _stage(steps=300, only=banks, retrieved=2)
+  config.stages.four = _stage(steps=500, only=banks, retrieved=4)
   config.stages.many = _stage(
     steps=450, rows=16, asked=2, keep=0.5, known=1, retrieved=16
   )
   config.stages.all = _stage(
-    steps=450, only=("mac", "mbc"), rows=16, asked=2, keep=0.5, known=1
+    steps=300, only=banks, rows=16, asked=2, keep=0.5, known=1
   )
 
 

@@ -58,11 +58,13 @@ def banked(
       "max_question_tokens": config.ask.max_question_tokens,
       "chat": config.data.chat,
     }
+    given |= changes
+    given["keyed"] = bool(given["retrieved"] or saved.settings.score_weight)
     learner = cmt_learner.make_learner(
       name,
       model,
       cmt_learner.Weights(loaded.weights, params),
-      Reading(**(given | changes)),
+      Reading(**given),
       loaded.tokenizer,
     )
     return Made(compile_learner(learner, loaded.mesh), _tokens(directory))
