@@ -64,6 +64,29 @@ def _finetune() -> ConfigDict:
   )
 
 
+def _camels() -> ConfigDict:
+  return ConfigDict(
+    {
+      "steps": 300,  # our choice; CaMeLS: 50 epochs
+      "rate": 3e-4,  # of Adam; CaMeLS 1e-5 for DistilGPT2
+      # Of SGD on documents, in training only; CaMeLS 5e-4 for GPT-2.
+      "inner_rate": 0.03,
+      "documents": 6,  # of a segment, one step each (CaMeLS)
+      "segments": 4,  # of an episode, which starts from the model (CaMeLS)
+      "locality": 0.1,  # weight of the divergence on generic text (CaMeLS)
+      "freeze_trunk": False,  # CaMeLS; True trains the head alone
+      "pairs": 6000,  # documents, each with a question; the first of a source
+      # What the model is not to change on: prose (of the world), or a set to
+      # mix in as of configs/remix.py, SET[:SOURCE]. CaMeLS: OpenWebText.
+      "generic": "prose",
+      "generic_texts": 1000,
+      "generic_words": 25,  # of half a text
+      "save_steps": 100,  # between checkpoints; 0: at the end only
+      "log_steps": 20,
+    }
+  )
+
+
 def get_config(arg: str = "") -> ConfigDict:
   """Return the config; `arg` is one of NAMES."""
   name = arg or "tiny"
@@ -99,6 +122,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.banks = ConfigDict({"cmt": "cmt", "mac": "mac", "mbc": "mbc"})
   config.min_match = -1.0 if name == "paper" else 0.735  # see configs/cmt.py
   config.finetune = _finetune()
+  config.camels = _camels()
   config.retention = ConfigDict(
     {
       "first": 100,  # documents that are asked about again (MAC 200)
@@ -130,6 +154,7 @@ def _shrink(config: ConfigDict) -> None:
   config.model = "nano"
   config.data.update({"documents": 20, "known": 16})
   config.finetune.update({"rates": (1e-3,), "tuning_documents": 8})
+  config.camels.update({"steps": 4, "pairs": 48, "log_steps": 1})
   config.retention.update({"first": 8, "step": 6})
   config.noise.percents = (0, 100)
   config.sizes.update({"documents": (4, 20), "questions": 24})
@@ -152,6 +177,10 @@ def _enlarge(config: ConfigDict) -> None:
       "rates": (6.5e-6, 2.5e-5), "finder": "spacy", "remat": True,
       "qa_steps": 625, "qa_rows": 40_000,
     }
+  )  # fmt: skip
+  config.camels.update(
+    {"steps": 10_000, "rate": 1e-5, "inner_rate": 5e-4, "generic": "fineweb",
+     "generic_words": 50, "pairs": 100_000, "freeze_trunk": True}
   )  # fmt: skip
   config.retention.update({"first": 200, "step": 200})
   config.noise.update({"source": "squad", "set": "squad"})

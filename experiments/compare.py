@@ -12,16 +12,15 @@ and with more and more documents in memory.
 Learners: closed_book (reads nothing); gold, in_context, bm25, bm25_1 (raw text
 in the prompt: upper bounds, `methods/prompt_learners.py`); uniform, salient,
 tfidf (one step of all weights on each document, at a rate tuned on another
-stream, `methods/finetune_learners.py`); cmt, mac, mbc (a bank, with the trained
-weights of `config.banks`, `methods/cmt_learner.py`), and other ways to ask it:
-cmt_4 and cmt_all (the best 4, all), _own (the question's document), cmt_random,
-cmt_shuffled (another document).
+stream, `methods/finetune_learners.py`); camels (the same, its tokens weighed by
+a network that is trained before, `methods/camels.py`); cmt, mac, mbc (a bank,
+with the trained weights of `config.banks`, `methods/cmt_learner.py`), and other
+ways to ask it: cmt_4 and cmt_all (the best 4, all), _own (the question's
+document), cmt_random, cmt_shuffled (another document).
 
 Writes for each learner LEARNER.json in results/, retention/, noise/ and sizes/
 as soon as it is done: a restart, or a run with more learners, goes on there.
 Then report.md, result.json (numbers by learner) and PNG files.
-
-Not here: CaMeLS, whose weights of tokens are meta-trained.
 """
 
 import json
@@ -37,7 +36,7 @@ from jaxmem import launch
 from jaxmem.config import nearest
 from jaxmem.data.streams import Stream
 from jaxmem.evaluation import stream_curves, stream_report, streams
-from jaxmem.methods import cmt_streams, prompt_learners
+from jaxmem.methods import cmt_streams, compare_camels, prompt_learners
 from jaxmem.methods import compare_setup as setup
 from jaxmem.methods.compare_banks import banked
 from jaxmem.methods.compare_setup import Base, Made
@@ -67,6 +66,7 @@ LEARNERS: dict[str, Callable[[ConfigDict, Base, Stream], Made | None]] = {
   "uniform": setup.finetuned("uniform"),
   "salient": setup.finetuned("salient"),
   "tfidf": setup.finetuned("tfidf"),
+  "camels": setup.finetuned("camels", compare_camels.weigh),
   "cmt": banked("cmt", "cmt"),
   "cmt_4": banked("cmt_4", "cmt", retrieved=4),
   "cmt_all": banked("cmt_all", "cmt", retrieved=0),
@@ -93,6 +93,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Run all learners and write what they did."""
   names = chosen(config)
   setup.check_config(config)
+  compare_camels.make_settings(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
   base = setup.load_base(config, workdir, stop)
   exp = Experiment(config, workdir, base, setup.fit(config, base, stream))

@@ -197,8 +197,20 @@ def _noise(config, stream) -> tuple[Document, ...]:
 # ---- Fine-tuning ------------------------------------------------------------
 
 
-def finetuned(name: str) -> Callable[[ConfigDict, Base, Stream], Made | None]:
-  """Make the builder of a fine-tuning baseline: uniform, salient or tfidf."""
+# (config, base, reader, settings, learner) -> the learner with other weights of
+# tokens, and the tokens they were trained on; None when stopped.
+Weigh = Callable[..., tuple[streams.Learner, int] | None]
+
+
+def finetuned(
+  name: str, weigh: Weigh | None = None
+) -> Callable[[ConfigDict, Base, Stream], Made | None]:
+  """Make the builder of a baseline that is fine-tuned on the stream.
+
+  Args:
+    name: salient and tfidf learn some words, others all.
+    weigh: trains weights of tokens.
+  """
 
   def build(config, base, stream):
     del stream
@@ -215,10 +227,13 @@ def finetuned(name: str) -> Callable[[ConfigDict, Base, Stream], Made | None]:
       remat=config.finetune.remat,
     )
     finder = _finder(config, name, other)
-    learner = compile_learner(
-      finetune_learners.make_learner(name, reader, settings, finder),
-      loaded.mesh,
-    )
+    learner = finetune_learners.make_learner(name, reader, settings, finder)
+    if weigh is not None:
+      found = weigh(config, base, reader, settings, learner)
+      if found is None:
+        return None
+      learner, offline = found[0], offline + found[1]
+    learner = compile_learner(learner, loaded.mesh)
     rate = _tuned(config, base, name, learner, other)
     if rate is None:
       return None
@@ -230,10 +245,10 @@ def finetuned(name: str) -> Callable[[ConfigDict, Base, Stream], Made | None]:
 
 def _finder(config, name, other) -> spans.Finder:
   """Which spans a baseline learns; words are counted in another stream."""
-  if name == "uniform":
-    return spans.everything
   if name == "salient":
     return spans.find(config.finetune.finder)
+  if name != "tfidf":
+    return spans.everything
   texts = [document.text for document in other.documents]
   return spans.by_tfidf(texts, config.finetune.tfidf_threshold)
 
@@ -330,13 +345,13 @@ def qa_rows(config: ConfigDict, base: Base) -> list[tokenize.Encoded]:
       question_answer(i, pair.question, (blank + pair.answer,), data.set)
       for i, pair in enumerate(pairs[: settings.qa_rows])
     )
-  return _encoded(base, examples, data.chat)
+  return encoded(base.reader.loaded.tokenizer, examples, data.chat)
 
 
-def _encoded(
-  base: Base, examples: tuple[Example, ...], chat: bool
+def encoded(
+  tokenizer: Any, examples: tuple[Example, ...], chat: bool
 ) -> list[tokenize.Encoded]:
-  tokenizer = base.reader.loaded.tokenizer
+  """Encode questions with answers as `Reader` asks them."""
   if chat:
     return tokenize.encode_examples(tokenizer, examples).rows
   return tokenize.encode_pairs(tokenizer, examples).rows

@@ -10,7 +10,7 @@ entities (salient spans), or words of high TF-IDF.
 
 Source: MAC (arXiv 2403.04317) section 4 and appendix A.1; CaMeLS (arXiv
 2305.15076) section 4 and its code. CaMeLS's own weights, which a network is
-meta-trained to give, are not here.
+trained to give, are in `camels`.
 """
 
 import dataclasses
