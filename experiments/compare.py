@@ -93,7 +93,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Run all learners and write what they did."""
   names = chosen(config)
   setup.check_config(config)
-  compare_camels.make_settings(config)
+  if compare_camels.NAME in names:
+    compare_camels.make_settings(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
   base = setup.load_base(config, workdir, stop)
   exp = Experiment(config, workdir, base, setup.fit(config, base, stream))

@@ -10,6 +10,7 @@ from experiments import compare, runs, sweep
 from jaxmem import config as configs
 from jaxmem.data.streams import Document, Question, Stream
 from jaxmem.methods import compare_setup, finetune_learners
+from jaxmem.training.logging import read_metrics
 from tests.experiments.conftest import StopAfter
 
 CONFIG = "configs/compare.py"
@@ -158,6 +159,33 @@ def test_questions_and_answers_come_first(model_dir, tmp_path, monkeypatch):
     compare_setup.qa_rows(config, base)
 
 
+def test_weights_of_tokens_are_trained_once(model_dir, tmp_path):
+  """Before the stream, or not at all when stopped; the learner is not run."""
+  changes = {
+    "finetune.rates": "(1e-3,)", "camels.steps": 2, "camels.documents": 2,
+    "camels.segments": 1, "camels.pairs": 6, "camels.generic_texts": 2,
+    "camels.freeze_trunk": True, "camels.log_steps": 1,
+  }  # fmt: skip
+  build = compare.LEARNERS["camels"]
+
+  def make(stop, **more):
+    config = make_config(model_dir, **changes | more)
+    return build(config, compare_setup.load_base(config, tmp_path, stop), None)
+
+  assert make(StopAfter(0)) is None
+  assert not read_metrics(tmp_path)
+  made = make(never)
+  assert made.learner.name == "camels" and made.trials == 1
+  again = make(never)
+  assert made.offline_tokens == again.offline_tokens
+  lines = [(x["run"], x["step"]) for x in read_metrics(tmp_path)]
+  assert lines == [("camels", 1), ("camels", 2)], "once"
+  # Two steps of two documents with a question, and one text.
+  assert 2 * (2 * 25 + 30) < made.offline_tokens < 2 * (2 * 60 + 60)
+  with pytest.raises(ValueError, match="made with other settings"):
+    make(never, **{"camels.locality": 0.5})
+
+
 def test_noise_of_every_kind(model_dir, tmp_path):
   config = make_config(model_dir, **{"noise.source": "prose"})
   base = compare_setup.load_base(config, tmp_path, never)
@@ -184,6 +212,11 @@ def test_noise_of_every_kind(model_dir, tmp_path):
     ({"data.source": "x.json"}, "name another source, or set noise.percents"),
     ({"prompt.max_tokens": 999}, "max_prompt_tokens is 999"),
     ({"prompt.top_k": 0, "learners": "bm25"}, "top_k is 0"),
+    ({"learners": "camels", "camels.steps": 0}, "camels.steps is 0"),
+    ({"learners": "camels", "camels.rate": 0.0}, "camels.rate is 0.0"),
+    ({"learners": "camels", "camels.generic": "none"}, "camels.generic is"),
+    ({"learners": "camels", "camels.generic": "x"}, "mix source 'x'"),
+    ({"learners": "camels", "camels.documents": 0}, "documents is 0"),
     ({"model": "none"}, "none"),
   ],
 )  # fmt: skip
@@ -200,7 +233,8 @@ def test_every_config_goes_together(name):
 
 
 def test_every_value_of_the_config_is_read():
-  names = ("compare_setup", "compare_banks", "cmt_streams", "base")
+  names = "compare_setup", "compare_banks", "compare_camels"
+  names += "cmt_streams", "base"
   paths = [pathlib.Path("jaxmem/methods") / f"{name}.py" for name in names]
   paths.append(pathlib.Path("experiments/compare.py"))
   code = "\n".join(path.read_text() for path in paths)
