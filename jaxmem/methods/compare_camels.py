@@ -1,8 +1,8 @@
 """CaMeLS among the learners that are compared: its training before the stream.
 
-It is trained on documents of people, or articles, that neither the stream nor
-the one that rates are tuned on has (of one source of files: that the stream has
-not), each with a question.
+Documents of the world are on people of method training, of whom neither the
+stream nor the one that rates are tuned on tells. Those of a source of files
+are of its training articles, on which rates are tuned too.
 """
 
 import dataclasses
