@@ -213,7 +213,7 @@ def write_results(exp, stream, results, record) -> None:
   (exp.workdir / LADDER_FILE).write_text(json.dumps(ladder))
   correct = {name: cmt_streams.correct(r) for name, r in results.items()}
   (exp.workdir / CORRECT_FILE).write_text(json.dumps(correct))
-  table = cmt_streams.table(results)
+  table = cmt_streams.table([results])
   (exp.workdir / TABLE_FILE).write_text(table)
   text = json.dumps(result, indent=2) + "\n"
   (exp.workdir / RESULT_FILE).write_text(text)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jaxmem.data import pair_rows, stream_sets, world, world_streams
 from jaxmem.data.streams import Stream
-from jaxmem.evaluation import stream_edits, streams
+from jaxmem.evaluation import statistics, stream_edits, streams
 from jaxmem.methods import cmt_train
 from jaxmem.methods.cmt_batches import prompt_text
 from jaxmem.methods.cmt_setup import Base
@@ -204,27 +204,26 @@ COLUMNS = {  # of the ladder's table: group and score
 }
 
 
-def table(results: Mapping[str, streams.Result]) -> str:
-  """Write the ladder as a table, percent; empty columns are left out.
+def table(ladders: Sequence[Mapping[str, streams.Result]]) -> str:
+  """Write ladders of runs that differ in a seed as one table, percent.
 
-  "old value" and "known value" are answers that held before the document.
+  Mean and sample standard deviation where there are several; empty columns are
+  left out. "old value" and "known value" are answers that held before the
+  document.
   """
 
-  def cell(result, column):
+  def cell(name, column):
     group, score = COLUMNS[column]
-    value = result.scores.get(group, {}).get(score)
-    return "" if value is None else f"{value:.1f}"
+    found = [x[name].scores.get(group, {}).get(score) for x in ladders]
+    if any(value is None for value in found):
+      return ""
+    mean, sd = statistics.mean_sd(found)
+    return f"{mean:.1f}" if sd is None else f"{mean:.1f} ± {sd:.1f}"
 
-  used = [
-    column
-    for column in COLUMNS
-    if any(cell(result, column) for result in results.values())
-  ]
+  names = [name for name in ladders[0] if all(name in x for x in ladders)]
+  used = [c for c in COLUMNS if any(cell(name, c) for name in names)]
   lines = [["memory", *used], ["---"] * (len(used) + 1)]
-  lines += [
-    [name, *(cell(result, column) for column in used)]
-    for name, result in results.items()
-  ]
+  lines += [[name, *(cell(name, c) for c in used)] for name in names]
   return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import cmt as experiment
+from experiments import cmt_ladders
 from jaxmem import config as configs
 from jaxmem.data import world
 from jaxmem.methods import cmt_setup, cmt_streams, cmt_train, cmt_validation
@@ -148,6 +149,17 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
   experiment.run(again, tmp_path / "again", never)
   assert _answers(tmp_path / "again") == text
 
+  # Both runs in one table; none of another experiment.
+  roots = [str(tmp_path / name) for name in ("whole", "again")]
+  assert cmt_ladders.main([*roots, "--ignore=order,start,select*"]) == 0
+  report = tmp_path / "whole" / "report" / cmt_ladders.OUTPUT_FILE
+  top = _cells(report.read_text())["top-16"]
+  alone = _cells((tmp_path / "whole" / "ladder.md").read_text())["top-16"]
+  assert "## baseline: 2 runs (pipeline check" in report.read_text()
+  assert top == [f"{cell} ± 0.0" for cell in alone]
+  (tmp_path / "again" / experiment.LADDER_FILE).unlink()
+  assert cmt_ladders.main([str(tmp_path / "again")]) == 2
+
   # Equal weights give equal answers, so that these need not be asked for.
   monkeypatch.setattr(experiment, "ask", lambda *_: None)
   experiment.run(config, tmp_path / "cut", StopAfter(1))
@@ -158,6 +170,11 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
     for name in ("whole", "cut")
   )
   jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def _cells(table):
+  lines = [line.strip("| \n").split(" | ") for line in table.splitlines()]
+  return {name: cells for name, *cells in lines}
 
 
 def _answers(workdir):
