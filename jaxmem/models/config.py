@@ -16,6 +16,7 @@ from jaxmem.models import rope_scaling
 from jaxmem.models.rope_scaling import RopeScaling, require
 
 FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "gpt2")
+ROPE_DTYPES = ("float32", "bfloat16")  # that frequencies are rounded to
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 _ARCHITECTURES = {
@@ -58,6 +59,7 @@ class ModelConfig:
   activation: str = "silu"
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
+  rope_dtype: str = "float32"  # of ROPE_DTYPES; no config.json says it
   partial_rotary_factor: float = 1.0
   sliding_window: int | None = None  # tokens, the query's own included
   layer_windows: tuple[int | None, ...] = ()  # one per layer, None = full
@@ -78,6 +80,10 @@ class ModelConfig:
       raise ValueError(
         f"activation {self.activation!r} is not supported; known: "
         f"{', '.join(ACTIVATIONS)}"
+      )
+    if self.rope_dtype not in ROPE_DTYPES:
+      raise ValueError(
+        f"rope_dtype is {self.rope_dtype!r}; allowed: {', '.join(ROPE_DTYPES)}"
       )
     if self.num_heads % self.num_kv_heads:
       raise ValueError(

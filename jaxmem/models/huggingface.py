@@ -46,8 +46,12 @@ TOKENIZER_FILES = (
 )
 
 
-def _directory(path_or_hub_id: str | Path, weights: bool = False) -> Path:
-  """Local directory of a checkpoint; asks the hub only for what is not one."""
+def directory_of(path_or_hub_id: str | Path, weights: bool = False) -> Path:
+  """Find a checkpoint's directory; only what is none is asked of the hub.
+
+  Raises:
+    ValueError: neither a directory nor a model that the hub gives.
+  """
   path = Path(path_or_hub_id).expanduser()
   if path.is_dir():
     return path
@@ -75,7 +79,7 @@ def load_config(path_or_hub_id: str | Path) -> Config:
   Raises:
     ValueError: no such checkpoint, or a model_type that is not supported.
   """
-  hf = tensor_files.read_json(_directory(path_or_hub_id) / "config.json")
+  hf = tensor_files.read_json(directory_of(path_or_hub_id) / "config.json")
   kind = hf.get("model_type")
   if kind not in checkpoint_names.FAMILIES:
     raise ValueError(
@@ -110,10 +114,9 @@ def load(
       missing, unknown or misshapen (all listed), or a tokenizer with more
       tokens than the model has rows.
   """
-  directory = _directory(path_or_hub_id, weights=True)
+  directory = directory_of(path_or_hub_id, weights=True)
   config = load_config(directory)
-  if (directory / "tokenizer.json").is_file():
-    _check_largest_id(config, _largest_stored_id(directory), directory)
+  check_stored_vocabulary(config, directory)
   tensors = tensor_files.open_directory(directory)
   params = params_from_tensors(
     config, tensors, dtype=dtype, shardings=shardings
@@ -348,7 +351,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> Any:
   logging.getLogger("transformers").addFilter(_not_about_torch)
   from transformers import PreTrainedTokenizerFast
 
-  directory = _directory(path_or_hub_id)
+  directory = directory_of(path_or_hub_id)
   if not (directory / "tokenizer.json").is_file():
     raise ValueError(
       f"{directory} has no tokenizer.json; save a fast tokenizer there"
@@ -368,6 +371,12 @@ def check_vocabulary(config: Config, tokenizer: Any) -> None:
   """
   largest = max(tokenizer.get_vocab().values())
   _check_largest_id(config, largest, "the tokenizer")
+
+
+def check_stored_vocabulary(config: Config, directory: Path) -> None:
+  """`check_vocabulary` of the tokenizer that a directory has, if any."""
+  if (directory / "tokenizer.json").is_file():
+    _check_largest_id(config, _largest_stored_id(directory), directory)
 
 
 def _check_largest_id(config, largest: int, source) -> None:

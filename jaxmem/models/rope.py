@@ -27,8 +27,18 @@ def frequencies(
   Returns: [R/2] for kinds that do not depend on the sequence's length (R
     rotated columns), else [B, 1, R/2], or [B, T, R/2] with `segments`. The
     length is that of the token's own sequence (1 + its largest position here),
-    not of the batch, so that rows do not influence each other.
+    not of the batch, so that rows do not influence each other. Rounded to
+    `config.rope_dtype`: some models were trained with frequencies that were
+    cast, and far from the start the angles differ by radians.
   """
+  exact = _frequencies(config, positions, segments)
+  if config.rope_dtype == "float32":
+    return exact
+  # XLA may leave out a cast there and back.
+  return jax.lax.reduce_precision(exact, exponent_bits=8, mantissa_bits=7)
+
+
+def _frequencies(config, positions, segments):
   dim, scaling = config.rotary_dim, config.rope_scaling
   plain = config.rope_theta ** -(np.arange(0, dim, 2, dtype=np.float64) / dim)
   if scaling is None:

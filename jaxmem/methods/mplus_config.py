@@ -1,0 +1,185 @@
+"""What a config.json of MemoryLLM or M+ says, and what is written into one.
+
+It is a Llama's with more keys. The first MemoryLLM (7B) has a model_type of its
+own, no adapters (they were merged), and positions scaled to the trained length.
+Source: wangyu-ustc/MemoryLLM, and the config files of the released models.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxmem.methods.memoryllm import Model, Settings
+from jaxmem.models import config as decoder_config
+from jaxmem.models.config import ModelConfig
+from jaxmem.models.rope_scaling import require
+
+FIRST = "memoryllm"  # model_type of the 7B
+PROJECTIONS = {
+  "q_proj": "self_attn",
+  "k_proj": "self_attn",
+  "v_proj": "self_attn",
+  "o_proj": "self_attn",
+  "gate_proj": "mlp",
+  "up_proj": "mlp",
+  "down_proj": "mlp",
+}
+# (hidden_size, layers) of mplus-8b, whose published instructions round the
+# rotary frequencies.
+_ROUNDED = (4096, 32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+  """Of the two adapters."""
+
+  rank: int
+  alpha: float | int
+  targets: tuple[str, ...]  # of PROJECTIONS
+  two: bool = True  # one for writing and one for reading; else one for both
+  dropout: float = 0.1  # in training
+
+  @property
+  def scale(self) -> float:
+    """Factor on the low-rank term."""
+    return self.alpha / self.rank
+
+
+def read(
+  hf: Mapping[str, Any],
+  *,
+  ages: str = "corrected",
+  rope_dtype: str | None = None,
+) -> tuple[ModelConfig, Settings, Lora | None]:
+  """Read a parsed config.json.
+
+  Args:
+    ages: of `pool.AGES`; no file says it.
+    rope_dtype: of `config.ROPE_DTYPES`; None: bfloat16 for M+ of the size of
+      mplus-8b, whose instructions say so, else float32.
+
+  Raises:
+    ValueError: a key that is missing, or says what is not supported.
+  """
+  blocks, tokens = require(hf, "num_blocks"), require(hf, "num_tokens")
+  long_blocks = hf.get("num_ltm_blocks") or 0
+  _check(hf, blocks * tokens, long_blocks)
+  base = dict(hf) | {"model_type": "llama"}
+  if hf.get("interpolate_position_ids"):
+    factor = (blocks + 1) * tokens / require(hf, "max_position_embeddings")
+    base["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+  config = decoder_config.from_hf(base)
+  if rope_dtype is None:
+    size = (config.hidden_size, config.num_layers)
+    rounded = long_blocks > 0 and size == _ROUNDED
+    rope_dtype = "bfloat16" if rounded else "float32"
+  settings = Settings(tokens, blocks, ages=ages)
+  if hf.get("model_type") == FIRST:
+    per_layer = bool(hf.get("drop_memory_per_layer", False))
+  else:
+    per_layer = bool(require(hf, "drop_memory_per_layer"))
+  settings = dataclasses.replace(settings, drop_per_layer=per_layer)
+  if long_blocks:
+    settings = dataclasses.replace(
+      settings,
+      long_blocks=long_blocks,
+      key_width=require(hf, "selector_hidden_dim"),
+      projector_layers=require(hf, "num_selector_layers"),
+      flush_every=require(hf, "update_ltm_frequency"),
+      first_frequency=require(hf, "initial_rf_when_moving_stm_to_ltm"),
+      decay=require(hf, "decay_frequency"),
+      drop_per_layer=True,  # whatever the file says, as the published code
+    )
+  config = dataclasses.replace(config, rope_dtype=rope_dtype)
+  return config, settings, _lora(hf)
+
+
+def _check(hf, rows, long_blocks):
+  stated = hf.get("num_memory_tokens")
+  if stated is not None and stated != rows:
+    raise ValueError(
+      f"config.json: num_memory_tokens is {stated}, num_blocks * num_tokens "
+      f"is {rows}; make them agree"
+    )
+  wanted = {"add_bos_embedding": True}
+  if long_blocks:
+    wanted |= {
+      "add_selector": True,
+      "add_encoder_retriever": True,
+      "map_from_hidden_states": True,
+      "update_ltm_mode": "immediate",
+    }
+  for key, value in wanted.items():
+    if require(hf, key) != value:
+      raise ValueError(
+        f"config.json: {key} is {hf[key]!r}; only {value!r} is supported, "
+        "as in all released models"
+      )
+
+
+def _lora(hf):
+  found = hf.get("lora_config")
+  if not found:
+    return None
+  targets = tuple(sorted(require(found, "target_modules")))
+  if unknown := sorted(set(targets) - set(PROJECTIONS)):
+    raise ValueError(
+      f"config.json: lora_config adapts {unknown}; known: {list(PROJECTIONS)}"
+    )
+  return Lora(
+    require(found, "r"),
+    require(found, "lora_alpha"),
+    targets,
+    bool(hf.get("add_decoder_lora", False)),
+    found.get("lora_dropout", 0.0),
+  )
+
+
+def write(
+  model: Model, lora: Lora | None, *, long_rows: int, dtype: str
+) -> dict[str, Any]:
+  """Return the config.json that `read` and the published code read again.
+
+  Args:
+    long_rows: of each layer's long-term store in the file.
+    dtype: of the tensors.
+  """
+  config, settings = model.config, model.settings
+  plain = dataclasses.replace(config, rope_dtype="float32")
+  out = decoder_config.to_hf(plain)
+  if out.get("rope_scaling"):  # older readers know the older name
+    kind = out["rope_scaling"]["rope_type"]
+    out["rope_scaling"] = out["rope_scaling"] | {"type": kind}
+  out |= {
+    "architectures": ["MPlus" if settings.long_blocks else "MemoryLLM"],
+    "torch_dtype": dtype,
+    "num_blocks": settings.blocks,
+    "num_tokens": settings.tokens,
+    "add_bos_embedding": True,
+    "drop_memory_per_layer": settings.drop_per_layer,
+    "add_decoder_lora": lora is not None and lora.two,
+  }
+  if lora is not None:
+    out["lora_config"] = {
+      "inference_mode": False,
+      "r": lora.rank,
+      "lora_alpha": lora.alpha,
+      "lora_dropout": lora.dropout,
+      "target_modules": list(lora.targets),
+    }
+  if not settings.long_blocks:
+    return out | {"num_memory_tokens": settings.pool_rows}
+  return out | {
+    "num_ltm_blocks": settings.long_blocks,
+    "ltm_initial_size": long_rows,
+    "add_selector": True,
+    "selector_hidden_dim": settings.key_width,
+    "num_selector_layers": settings.projector_layers,
+    "map_from_hidden_states": True,
+    "detach_hidden_state": True,
+    "add_encoder_retriever": True,
+    "update_ltm_mode": "immediate",
+    "update_ltm_frequency": settings.flush_every,
+    "decay_frequency": settings.decay,
+    "initial_rf_when_moving_stm_to_ltm": settings.first_frequency,
+  }

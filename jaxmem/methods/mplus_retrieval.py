@@ -1,0 +1,135 @@
+"""How M+ finds rows of its long-term store, layer by layer.
+
+  q_i = query_l(norm_l(h_i)),  k_j = key_l(norm_l(row_j))
+
+`memory/long_term.py` has the scores and the choice. The same projections rate
+the rows of the pool, which is what trains them.
+Source: M+ (arXiv 2502.00592) and its published code (wangyu-ustc/MemoryLLM).
+
+Axes: L layers, B texts, T tokens, N rows of the pool, R retrieved, C slots, D
+width, E key width.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxmem.memory import long_term
+from jaxmem.methods.memoryllm import Settings
+from jaxmem.models import decoder
+from jaxmem.models.config import ModelConfig
+
+
+class Layer(NamedTuple):
+  """What retrieval needs in one layer; stacked over layers when passed."""
+
+  slots: long_term.Slots  # with B in front where each text has its own memory
+  query: dict[str, jax.Array]  # projector
+  asked: jax.Array | None = None  # [T] bool, tokens that count; None: all
+  relevance: Any = None  # `Relevance`, where that is asked for
+
+
+class Relevance(NamedTuple):
+  """What rates the pool's rows in one layer; see `rate`."""
+
+  hidden: jax.Array  # [N, D], rows of the pool
+  norm: dict[str, jax.Array]  # weights of the layer's first norm
+  key: dict[str, jax.Array]  # projectors
+  encoder_query: dict[str, jax.Array]
+  asked: jax.Array  # [T] bool, tokens that count
+  asking: jax.Array  # [N] bool, rows that ask about the others
+
+
+class Rated(NamedTuple):
+  """How much the pool's rows matter, by the retriever."""
+
+  weights: jax.Array  # [B, N] float32 in [0, 1], to the text
+  encoder_weights: jax.Array  # [N], to the rows that ask
+
+
+class Retrieved(NamedTuple):
+  """What a layer's retrieval did; stacked over layers in `aux`."""
+
+  found: long_term.Found  # leaves [B, R], scores [B, C]
+  rated: Rated | None
+
+
+@functools.lru_cache(maxsize=16)  # a new function would be compiled anew
+def retrieval(config: ModelConfig, settings: Settings) -> Callable:
+  """Make the `prefix_fn` of the decoder that retrieves; see `Layer`.
+
+  Rows are found by the normed input of the layer, without a gradient: nothing
+  of the result is differentiated but `Rated`, with respect to projectors.
+  """
+  number = settings.retrieved
+
+  def prefix_fn(normed, valid, layer: Layer):
+    normed = jax.lax.stop_gradient(normed)
+    asked = jnp.ones(normed.shape[:2], bool) if valid is None else valid
+    rated = None
+    if layer.relevance is not None:
+      rated = rate(config, layer.query, layer.relevance, normed, asked)
+    if layer.asked is not None:
+      asked = asked & layer.asked[None]
+    queries = project(layer.query, normed)
+
+    def one(slots, queries, asked):
+      scores = long_term.score(slots, queries, asked)
+      found = long_term.retrieve(slots, scores, number)
+      return found, jax.tree.map(lambda leaf: leaf[found.index], slots.rows)
+
+    shared = layer.slots.age.ndim == 1
+    found, rows = jax.lax.stop_gradient(
+      jax.vmap(one, in_axes=(None if shared else 0, 0, 0))(
+        layer.slots, queries, asked
+      )
+    )
+    place = jnp.arange(1, 1 + number, dtype=jnp.int32)
+    before = decoder.Prefix(
+      hidden=None if rows.key is not None else rows.hidden,
+      key=rows.key,
+      value=rows.value,
+      positions=jnp.broadcast_to(place, found.index.shape),
+      valid=found.valid,
+    )
+    return before, Retrieved(found, rated)
+
+  return prefix_fn
+
+
+def rate(
+  config: ModelConfig,
+  query: dict[str, jax.Array],
+  relevance: Relevance,
+  normed: Float[Array, "B T D"],
+  valid: Bool[Array, "B T"],
+) -> Rated:
+  """Rate the pool's rows of one layer as the retriever would, for its loss.
+
+  Differentiable with respect to the projectors alone.
+  Source: M+'s published training code.
+  """
+  hidden = jax.lax.stop_gradient(relevance.hidden)
+  rows = decoder.norm(config, relevance.norm, hidden)
+  rows = jax.lax.stop_gradient(rows)
+  keys = project(relevance.key, rows)
+  asked = valid & relevance.asked[None]
+  weights = jax.vmap(functools.partial(long_term.match, keys))(
+    project(query, normed), asked
+  )
+  asking = project(relevance.encoder_query, rows)
+  return Rated(weights, long_term.match(keys, asking, relevance.asking))
+
+
+def project(
+  weights: dict[str, jax.Array], x: Float[Array, "*B D"]
+) -> Float[Array, "*B E"]:
+  """Apply a projector of the retriever: one matrix, or two, SiLU between."""
+  x = x @ weights["up"].astype(x.dtype)
+  if "down" in weights:
+    x = jax.nn.silu(x) @ weights["down"].astype(x.dtype)
+  return x
