@@ -16,14 +16,16 @@ rows written at once, D width, R rows retrieved.
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmem.memory import long_term, pool
-from jaxmem.models import decoder
+from jaxmem.models import decoder, generate
 from jaxmem.models.config import ModelConfig
 
 
@@ -317,6 +319,34 @@ def chunk_lengths(settings: Settings, tokens: int) -> list[int]:
   if full and 0 < rest < shortest:
     lengths[:2] = [shortest, longest + rest - shortest]
   return lengths
+
+
+def chunks(
+  settings: Settings, ids: Sequence[int]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Cut a text's tokens into what `mplus.write` takes, on the host.
+
+  Each chunk is padded on the left to one of few lengths (K, or a bucket of
+  `generate.bucket_length` above it), so that few programs are compiled.
+
+  Args:
+    ids: of one text, without special tokens: the bos of each layer stands for
+      the model's own.
+
+  Returns: (ids int32 [T], valid bool [T]) of each chunk, in order.
+
+  Raises:
+    ValueError: no tokens.
+  """
+  out, first = [], 0
+  for length in chunk_lengths(settings, len(ids)):
+    room = min(generate.bucket_length(length), settings.longest)
+    room = max(room, settings.tokens)
+    part = [list(ids[first : first + length])]
+    rows, valid = generate.pad_prompts(part, room)
+    out.append((rows[0], valid[0]))
+    first += length
+  return out
 
 
 def check_ids(ids: jax.Array) -> None:

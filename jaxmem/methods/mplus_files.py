@@ -130,7 +130,7 @@ def _own(model, lora, tensors, directory):
   if problems:
     lost = [name for name in missing if f".{ADAPTERS[1]}." in name]
     hint = ""
-    if lora is not None and lora.two and len(lost) == len(missing):
+    if lost and len(lost) == len(problems):
       hint = (
         f". All of these are of {ADAPTERS[1]}, which reading needs: newer PEFT "
         "versions drop the second adapter without a word; save the model again "

@@ -192,7 +192,7 @@ def write_directory(
     if len(shards) > 1:
       file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     # The writer takes bytes as they lie: a transposed view must be copied.
-    held = {name: np.ascontiguousarray(tensors[name][1]()) for name in names}
+    held = {name: np.asarray(tensors[name][1](), order="C") for name in names}
     where |= dict.fromkeys(names, file)
     if writes:
       safetensors.numpy.save_file(

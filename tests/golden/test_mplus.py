@@ -348,6 +348,7 @@ def test_files_are_written_as_they_were_read(cases, path, tmp_path):
   assert theirs.keys() == ours.keys()
   for name, tensor in theirs.items():
     np.testing.assert_array_equal(ours[name], tensor, name)
+    assert ours[name].shape == tensor.shape, name
   stated = json.loads((path / "checkpoint" / "config.json").read_text())
   written = json.loads((tmp_path / "config.json").read_text())
   for key, value in written.items():

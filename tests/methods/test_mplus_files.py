@@ -1,0 +1,299 @@
+"""Checkpoints of MemoryLLM and M+: strict, all numbers of the config, back."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxmem.methods import mplus_config, mplus_files
+from jaxmem.models import rope
+from jaxmem.models.rope_scaling import RopeScaling
+from tests.methods import remembering, small
+from tests.methods.remembering import LORA, MPLUS, SHORT
+
+RNG = jax.random.key(0)
+
+
+def _loaded(model, rows=3):
+  """A model with a memory, and `rows` rows in its long-term store."""
+  frozen, params = remembering.weights(model)
+  state = remembering.start(model)
+  if state.store is not None:
+    slots = jax.tree.map(np.array, state.store.slots)
+    drawn = np.random.default_rng(5)
+    for leaf in (slots.rows.hidden, slots.keys):
+      leaf[:, :rows] = drawn.normal(size=leaf[:, :rows].shape)
+    slots.age[:, :rows] = np.arange(rows)[::-1] * 3
+    slots.frequency[:, :rows] = 1.0
+    slots.order[:, :rows] = np.arange(rows)
+    slots.valid[:, :rows] = True
+    slots = jax.tree.map(jnp.asarray, slots)
+    state = state._replace(
+      store=state.store._replace(slots=slots, arrivals=jnp.int32(rows))
+    )
+  return mplus_files.Loaded(model, LORA, frozen, params, state)
+
+
+@pytest.fixture(scope="module", params=[SHORT, MPLUS], ids=["short", "mplus"])
+def saved(request, tmp_path_factory):
+  directory = tmp_path_factory.mktemp("saved")
+  loaded = _loaded(request.param)
+  mplus_files.save(directory, loaded)
+  return directory, loaded
+
+
+@pytest.fixture
+def changed(tmp_path):
+  """Write a small M+ with other tensors, or another config."""
+  directory = tmp_path / "changed"
+  mplus_files.save(directory, _loaded(MPLUS))
+
+  def change(tensors=None, **config):
+    file = directory / "model.safetensors"
+    if tensors is not None:
+      save_file(tensors(load_file(file)), file)
+    stated = json.loads((directory / "config.json").read_text()) | config
+    (directory / "config.json").write_text(json.dumps(stated))
+    return directory
+
+  return change
+
+
+def _load(directory, **changes):
+  return mplus_files.load(directory, rng=RNG, **changes)
+
+
+def test_what_is_saved_is_loaded(saved):
+  directory, before = saved
+  after = _load(directory)
+  config, settings = after.model.config, after.model.settings
+  assert config == before.model.config and after.lora == before.lora
+  for name in ("longest", "shortest"):  # of no file
+    assert getattr(settings, name) != getattr(before.model.settings, name)
+  assert settings.schedule == before.model.settings.schedule
+  assert settings.start == before.model.settings.start
+  for one, other in (
+    (before.frozen, after.frozen),
+    (before.params, after.params),
+  ):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+  one, other = before.state, after.state
+  jax.tree.map(np.testing.assert_allclose, one.pool.rows, other.pool.rows)
+  if one.store is None:
+    return
+  for leaf, again in zip(
+    jax.tree.leaves(one.store.slots._replace(rows=one.store.slots.rows.hidden)),
+    jax.tree.leaves(
+      other.store.slots._replace(rows=other.store.slots.rows.hidden)
+    ),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(leaf[:, :3], again[:, :3])
+  assert other.store.slots.valid.sum() == one.store.slots.valid.sum()
+
+
+def test_precision_and_capacity_are_the_callers(saved):
+  loaded = _load(saved[0], dtype=jnp.bfloat16, capacity=9, keep_key_value=False)
+  assert loaded.model.dtype == jnp.bfloat16
+  assert loaded.state.pool.rows.hidden.dtype == jnp.bfloat16
+  assert loaded.state.pool.rows.key is None
+  if loaded.state.store is not None:
+    assert loaded.state.store.slots.age.shape[1] == 9
+
+
+def test_stores_of_unequal_layers_are_cut_to_the_least(tmp_path):
+  """Cached rows go with them, as if flushed; the first to come are left out."""
+  loaded = _loaded(MPLUS)
+  slots = loaded.state.store.slots
+  slots = slots._replace(
+    valid=slots.valid.at[0, 3].set(True),
+    cached=slots.cached.at[0, 3].set(True),
+    order=slots.order.at[0, 3].set(7),
+  )
+  state = loaded.state._replace(store=loaded.state.store._replace(slots=slots))
+  mplus_files.save(tmp_path, loaded._replace(state=state))
+  found = load_file(tmp_path / "model.safetensors")
+  first = np.asarray(slots.rows.hidden[0])
+  np.testing.assert_array_equal(found["ltm.0"], first[1:4])
+  assert found["ltm_recall_frequencies.0"].tolist() == [1, 1, 2]
+  assert found["ltm.1"].shape == found["ltm.0"].shape
+  config = json.loads((tmp_path / "config.json").read_text())
+  assert config["ltm_initial_size"] == 3
+
+
+def _without(word):
+  def change(tensors):
+    return {name: x for name, x in tensors.items() if word not in name}
+
+  return change
+
+
+def test_a_lost_second_adapter_is_named(changed):
+  with pytest.raises(
+    ValueError, match="PEFT versions drop the second"
+  ) as error:
+    _load(changed(_without("decoder_adapter")))
+  assert "self_attn.q_proj.lora_A.decoder_adapter.weight" in str(error.value)
+
+
+def test_tensors_that_do_not_fit_are_named(changed):
+  for change, said in (
+    (_without("ltm_keys.1"), "ltm_keys.1 .* is missing"),
+    (_without("bos_embedding"), "bos_embedding"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      _load(changed(change))
+
+
+def test_unknown_and_misshapen_tensors(changed):
+  def add(tensors):
+    return tensors | {"model.layers.0.extra": np.zeros(2, np.float32)}
+
+  with pytest.raises(ValueError, match=r"model.layers.0.extra \[2\]"):
+    _load(changed(add))
+
+  def bend(tensors):
+    tensors.pop("model.layers.0.extra")
+    return tensors | {"memory": tensors["memory"][:, 1:]}
+
+  with pytest.raises(ValueError, match=r"memory is .* expected \[2, 8, 16\]"):
+    _load(changed(bend))
+
+
+def test_adapted_projections_have_their_infix(changed):
+  name = "model.layers.0.self_attn.q_proj"
+
+  def strip(tensors):
+    tensors[f"{name}.weight"] = tensors.pop(f"{name}.base_layer.weight")
+    return tensors
+
+  with pytest.raises(ValueError, match="should have base_layer"):
+    _load(changed(strip))
+
+
+def test_an_empty_store_is_refused(changed):
+  def empty(tensors):
+    return {
+      name: x[:0] if name.startswith("ltm") and name.endswith(".0") else x
+      for name, x in tensors.items()
+    }
+
+  with pytest.raises(ValueError, match="layer 0 is empty"):
+    _load(changed(empty))
+
+
+def test_a_tokenizer_of_another_vocabulary(changed):
+  directory = changed()
+  tokenizer = small.tokenizer()
+  tokenizer.add_tokens(["more"])
+  tokenizer.save_pretrained(directory)
+  with pytest.raises(ValueError, match="tokenizer has ids up to"):
+    _load(directory)
+
+
+@pytest.mark.parametrize(
+  "config, said",
+  [
+    ({"num_memory_tokens": 9}, "num_memory_tokens is 9"),
+    ({"update_ltm_mode": "decouple"}, "update_ltm_mode is 'decouple'"),
+    ({"add_bos_embedding": False}, "add_bos_embedding is False"),
+    ({"selector_hidden_dim": None}, "lacks 'selector_hidden_dim'"),
+    (
+      {"lora_config": {"r": 1, "lora_alpha": 1, "target_modules": ["x"]}},
+      r"adapts \['x'\]",
+    ),
+  ],
+)
+def test_what_a_config_cannot_say(changed, config, said):
+  stated = json.loads((changed() / "config.json").read_text())
+  with pytest.raises(ValueError, match=said):
+    mplus_config.read(stated | config)
+
+
+def test_a_pool_of_noise_is_no_memory(tmp_path):
+  mplus_files.save(tmp_path, _loaded(SHORT))
+  file = tmp_path / "model.safetensors"
+  noise = load_file(file) | {"initialized": np.array(0, np.uint8)}
+  save_file(noise, file)
+  loaded = _load(tmp_path)
+  assert loaded.state is None
+  with pytest.raises(ValueError, match="holds one memory"):
+    mplus_files.save(tmp_path, loaded)
+
+
+def _llama(**more):
+  return {
+    "vocab_size": 64, "hidden_size": 4096, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "intermediate_size": 8, "num_tokens": 256,
+    "add_bos_embedding": True, "drop_memory_per_layer": True, **more,
+  }  # fmt: skip
+
+
+def test_rotations_of_the_released_models():
+  """7B, 8B and M+ by what their configs say, and the table of sizes."""
+  first, settings, lora = mplus_config.read(
+    _llama(
+      model_type="memoryllm", num_blocks=30, max_position_embeddings=4096,
+      rope_theta=10000.0, rope_scaling=None, interpolate_position_ids=True,
+      drop_memory_per_layer=None,
+    )
+  )  # fmt: skip
+  assert (settings.pool_rows, settings.start) == (7680, 7681)
+  assert lora is None and not settings.drop_per_layer
+  assert first.rope_scaling == RopeScaling("linear", 7936 / 4096, 4096)
+  second, settings, lora = mplus_config.read(
+    _llama(
+      model_type="llama", num_blocks=50, num_memory_tokens=12800,
+      max_position_embeddings=8192, rope_theta=500000.0,
+      rope_scaling={"type": "linear", "factor": 1.8125},
+      add_decoder_lora=True,
+      lora_config={
+        "r": 16, "lora_alpha": 32, "lora_dropout": 0.1,
+        "target_modules": ["q_proj", "up_proj"],
+      },
+    )
+  )  # fmt: skip
+  assert (settings.pool_rows, settings.start) == (12800, 12801)
+  assert lora.scale == 2 and second.rope_scaling.factor == 1.8125
+  assert second.rope_dtype == first.rope_dtype == "float32"
+  third = _llama(
+    model_type="llama", num_blocks=50, num_ltm_blocks=10,
+    max_position_embeddings=131072, rope_theta=500000.0,
+    rope_scaling={
+      "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    },
+    add_selector=True, add_encoder_retriever=True, map_from_hidden_states=True,
+    update_ltm_mode="immediate", update_ltm_frequency=60, decay_frequency=1,
+    initial_rf_when_moving_stm_to_ltm=10, selector_hidden_dim=256,
+    num_selector_layers=2,
+  )  # fmt: skip
+  rounded, settings, _ = mplus_config.read(third)
+  assert (settings.pool_rows, settings.retrieved) == (10240, 2560)
+  assert settings.start == 12801 and rounded.rope_dtype == "bfloat16"
+  exact, *_ = mplus_config.read(third, rope_dtype="float32")
+  place = jnp.full((1, 1), 12800, jnp.int32)
+  angles = [rope.frequencies(c, place) * 12800 for c in (rounded, exact)]
+  apart = jnp.abs(angles[0] - angles[1])
+  # The specification's numbers for that position.
+  assert 22 < apart.max() < 23.5 and (apart > 0.5).sum() == 16
+
+
+def test_the_first_format(tmp_path):
+  """One set of weights, without adapters; the drops shared by all layers."""
+  loaded = _loaded(SHORT)
+  params = loaded.params._replace(write=None, read=None)
+  loaded = loaded._replace(lora=None, params=params)
+  mplus_files.save(tmp_path, loaded)
+  config = json.loads((tmp_path / "config.json").read_text())
+  config |= {"model_type": "memoryllm", "interpolate_position_ids": True}
+  del config["drop_memory_per_layer"], config["add_decoder_lora"]
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  again = _load(tmp_path)
+  scaling = again.model.config.rope_scaling
+  assert scaling.kind == "linear" and scaling.factor == 3 * 4 / 64
+  assert again.params.write is None and not again.model.settings.drop_per_layer
+  jax.tree.map(np.testing.assert_array_equal, again.frozen, loaded.frozen)
