@@ -20,7 +20,7 @@ from jaxmem.models import decoder, generate
 from jaxmem.training.loss import token_nll
 
 OWN = (pathlib.Path(__file__).parent / "data").resolve()
-ROOM, SHORT = 16, 8  # tokens that texts and prompts are padded to, at least
+ROOM, SHORT = 16, 8  # texts and prompts are padded to a multiple of them
 assert_close = functools.partial(
   np.testing.assert_allclose, atol=2e-4, rtol=1e-4
 )
@@ -66,11 +66,22 @@ def is_thorough(path: pathlib.Path) -> bool:
 @functools.cache
 def load(path: pathlib.Path) -> Set:
   """Read a checkpoint and all its cases."""
-  loaded = mplus_files.load(
-    path / "checkpoint", rng=jax.random.key(0), ages="released"
-  )
   files = sorted((path / "cases").glob("*.npz"))
-  return Set(loaded, {file.stem: dict(np.load(file)) for file in files})
+  cases = {file.stem: dict(np.load(file)) for file in files}
+  # The longest store of any case, and its cache.
+  most = {"ltm_ages": 0, "cached_ages": 0}
+  for case in cases.values():
+    for key, value in case.items():
+      for name in most:
+        if name in key:
+          most[name] = max(most[name], value.shape[-1])
+  loaded = mplus_files.load(
+    path / "checkpoint",
+    rng=jax.random.key(0),
+    ages="released",
+    capacity=2 * sum(most.values()) or None,
+  )
+  return Set(loaded, cases)
 
 
 def arguments(loaded):
@@ -165,10 +176,14 @@ def check_state(state, case, start="post_"):
       np.testing.assert_array_equal(own.age[cached], wanted)
 
 
-def padded(ids, room=ROOM):
-  """Ids [B, n] with padding on the left, and their mask."""
+def padded(ids, unit=ROOM, room=0):
+  """Ids [B, n] with padding on the left, and their mask.
+
+  To the next multiple of `unit`, or to `room` if that is more.
+  """
   ids = np.asarray(ids, np.int32)
-  fill = ((0, 0), (max(0, room - ids.shape[1]), 0))
+  length = max(room, -(-ids.shape[1] // unit) * unit)
+  fill = ((0, 0), (length - ids.shape[1], 0))
   return np.pad(ids, fill), np.pad(np.ones(ids.shape, bool), fill)
 
 
@@ -267,7 +282,7 @@ def go_on(loaded, ids, more, *, state=None):
   """
   n, m = np.shape(ids)[1], np.shape(more)[1]
   ids, valid = padded(ids, SHORT)
-  more = np.pad(np.asarray(more, np.int32), ((0, 0), (0, max(0, 5 - m))))
+  more = np.pad(np.asarray(more, np.int32), ((0, 0), (0, -m % SHORT)))
   out = _go_on(*arguments(loaded), state, ids, valid, more)
   first, second, cache = jax.tree.map(np.asarray, out)
   return first[:, -n:], second[:, :m], cache
