@@ -88,9 +88,10 @@ def load(path: str | os.PathLike, like: Any, fingerprint: str) -> Memory:
   """Read what `save` wrote.
 
   Args:
-    like: arrays of such a memory: an empty bank of any capacity. A leaf's first
-      axis may have another size in the file; leaves for which it is the same in
-      `like` must have it the same there.
+    like: arrays of such a memory (or, but for random keys, their shapes): an
+      empty bank of any capacity, a pool for any number of memories. A leaf's
+      first axis may have another size in the file; leaves for which it is the
+      same in `like` must have it the same there.
     fingerprint: of the model and the compressor that will read it.
 
   Raises:
@@ -109,7 +110,7 @@ def load(path: str | os.PathLike, like: Any, fingerprint: str) -> Memory:
   for name, leaf in wanted.items():
     ours, given = jax.eval_shape(_plain, leaf), tensors[name]
     same = ours.dtype == given.dtype and ours.shape[1:] == given.shape[1:]
-    if _is_key(leaf):
+    if _is_key(leaf) and not leaf.shape:
       same = ours.shape == given.shape
     elif same and ours.shape:
       first = given.shape[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxmem.memory import long_term, pool
@@ -173,6 +174,20 @@ def _keep(model, frozen, params, store, gone, age, passed):
 def _with_key_value(model, frozen, params, hidden):
   key, value = memoryllm.key_value(model, frozen, params, hidden)
   return Rows(hidden, key, value)
+
+
+def partition_rules(
+  several: bool = False,
+) -> tuple[tuple[str, PartitionSpec], ...]:
+  """Say where a state's leaves lie on a mesh, for `parallel.make_shardings`.
+
+  The long-term store is spread over its slots; the pool is whole everywhere.
+
+  Args:
+    several: memories, B in front of every leaf.
+  """
+  spread = (None,) * (1 + several) + (("data", "fsdp"),)
+  return (("store/slots", PartitionSpec(*spread)), (".*", PartitionSpec()))
 
 
 def check_state(model: Model, state: State) -> None:

@@ -1,0 +1,280 @@
+"""A released model with a memory, in a few lines.
+
+  lm = jaxmem.load("YuWangX/mplus-8b")
+  memory = lm.start()
+  memory = lm.write(memory, ["Ada Lovelace was born in London in 1815."])
+  lm.answer(memory, ["Question: Where was Ada Lovelace born? Answer:"])
+
+The object holds what does not move: weights, config and tokenizer. A memory is
+a value: it goes in and a new one comes out, and the old one is a snapshot.
+MemoryLLM and M+ so far.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxmem.memory import memory as memory_files
+from jaxmem.memory.memory import Memory
+from jaxmem.methods import memoryllm, mplus, mplus_files, mplus_state
+from jaxmem.models import decoder, fingerprint, generate, huggingface
+from jaxmem.models.generate_settings import GenerateSettings
+from jaxmem.training import parallel
+
+At = int | Sequence[int]
+# Llama 3's chat format, without the bos, for which each layer has its own.
+_TURN_END = "<|eot_id|>"
+_CHAT = (
+  "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+  "<|start_header_id|>assistant<|end_header_id|>\n\n"
+)
+
+
+class Programs(NamedTuple):
+  """What is compiled once for a model."""
+
+  write: Any  # (frozen, params, state, ids, valid) -> state
+
+
+class MemoryModel:
+  """A language model whose memories are written and asked.
+
+  Attributes:
+    loaded: model, weights, and the memory that the checkpoint ships.
+    tokenizer: of the model.
+  """
+
+  def __init__(
+    self, loaded: mplus_files.Loaded, tokenizer: Any, mesh: Mesh | None = None
+  ):
+    huggingface.check_vocabulary(loaded.model.config, tokenizer)
+    self.loaded, self.tokenizer, self._mesh = loaded, tokenizer, mesh
+    write = functools.partial(mplus.write, loaded.model)
+    self._programs = Programs(parallel.compile_function(write))
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    """Name of the weights; hashing them takes a second for each GB or two."""
+    held = (self.loaded.frozen, self.loaded.params)
+    return fingerprint.fingerprint(held)
+
+  @property
+  def _weights(self):
+    return self.loaded.frozen, self.loaded.params
+
+  def start(self, memories: int = 1, *, seed: int = 0) -> Memory:
+    """Make memories as the checkpoint ships them.
+
+    Args:
+      memories: how many, each with random drops of its own.
+      seed: of these.
+
+    Raises:
+      ValueError: no memory, or a checkpoint whose pool was never written.
+    """
+    if memories < 1:
+      raise ValueError(f"memories is {memories}; at least 1")
+    if self.loaded.state is None:
+      raise ValueError(
+        "this checkpoint's pool is noise (initialized = 0): write a first text "
+        "with memoryllm.encode_first and pool.tile, and save it with that"
+      )
+    rng = jax.random.key(seed)
+    return self._hold(mplus_state.fork(self.loaded.state, memories, rng=rng))
+
+  def write(
+    self, memory: Memory, texts: str | Sequence[str], at: At = 0
+  ) -> Memory:
+    """Write texts to memories, one after the other.
+
+    A text is cut by `memoryllm.chunk_lengths`. Texts for different memories are
+    written side by side.
+
+    Args:
+      memory: of `start`, not changed.
+      texts: without special tokens.
+      at: number of the memory, one for all texts or one for each.
+
+    Raises:
+      ValueError: a memory of another model, an empty text, or a number that is
+        none.
+    """
+    texts, at = self._check(memory, texts, at)
+    queues: dict[int, list[Any]] = {}
+    for text, number in zip(texts, at, strict=True):
+      ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+      if not ids:
+        raise ValueError(f"the text {text!r} has no tokens; leave it out")
+      chunks = memoryllm.chunks(self.loaded.model.settings, ids)
+      queues.setdefault(number, []).extend(chunks)
+    state = memory.arrays
+    count = len(state.pool.writes)
+    for step in range(max(map(len, queues.values()), default=0)):
+      due = {n: queue[step] for n, queue in queues.items() if step < len(queue)}
+      room = max(len(ids) for ids, _ in due.values())
+      ids, valid = np.zeros((2, count, room), np.int32)
+      for number, (own, mask) in due.items():
+        ids[number, room - len(own) :] = own
+        valid[number, room - len(own) :] = mask
+      state = self._programs.write(*self._weights, state, ids, valid != 0)
+    return self._hold(state)
+
+  def answer(
+    self,
+    memory: Memory,
+    questions: str | Sequence[str],
+    at: At = 0,
+    *,
+    chat: bool | None = None,
+    settings: GenerateSettings | None = None,
+    seed: int = 0,
+  ) -> list[str]:
+    """Answer questions from memories; these stay as they are.
+
+    Args:
+      memory: of `start` or `write`.
+      questions: prompts, as "Question: ... Answer:" for the base models.
+      at: number of the memory, one for all questions or one for each.
+      chat: put them into Llama 3's chat format; None: if the tokenizer has a
+        chat template and the tokens of that format.
+      settings: None: greedy, at most 64 tokens.
+      seed: of sampling.
+
+    Raises:
+      ValueError: see `write`; chat with a tokenizer that does not know it.
+    """
+    questions, at = self._check(memory, questions, at)
+    if not questions:
+      return []
+    known = _TURN_END in self.tokenizer.get_vocab()
+    if chat is None:
+      template = getattr(self.tokenizer, "chat_template", None)
+      chat = known and template is not None
+    if chat and not known:
+      raise ValueError(
+        f"chat=True, and the tokenizer does not know {_TURN_END}, which ends a "
+        "turn in Llama 3's format: give chat=False"
+      )
+    settings = settings or GenerateSettings(64)
+    if chat and settings.eos_ids is None:
+      settings = self._until_turn_ends(settings)
+    prompts = [self._prompt(question, chat) for question in questions]
+    length = generate.bucket_length(max(map(len, prompts)))
+    ids, valid = generate.pad_prompts(prompts, length)
+    one = len(set(at)) == 1  # shared: not copied for every question
+    index = at[0] if one else np.asarray(at)
+    state = jax.tree.map(lambda leaf: leaf[index], memory.arrays)
+    out = mplus.answer(
+      self.loaded.model, *self._weights, state, ids, valid, settings,
+      rng=jax.random.key(seed),
+    )  # fmt: skip
+    ends = np.asarray(out.length - out.done)
+    return [
+      self.tokenizer.decode(row[:end], skip_special_tokens=True)
+      for row, end in zip(np.asarray(out.tokens), ends, strict=True)
+    ]
+
+  def _prompt(self, question, chat):
+    """Token ids without the bos."""
+    text = _CHAT.format(question=question.strip()) if chat else question
+    ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+      raise ValueError(f"the question {question!r} has no tokens")
+    return ids
+
+  def _until_turn_ends(self, settings):
+    ends = set(self.loaded.model.config.eos_token_ids)
+    ends.add(self.tokenizer.get_vocab()[_TURN_END])
+    return dataclasses.replace(settings, eos_ids=tuple(sorted(ends)))
+
+  def save(self, memory: Memory, path: str | os.PathLike) -> None:
+    """Write memories to a file; see `memory.memory.save`.
+
+    Raises:
+      ValueError: a memory of another model.
+    """
+    memory_files.check(memory, self.fingerprint)
+    memory_files.save(path, memory)
+
+  def restore(self, path: str | os.PathLike) -> Memory:
+    """Read memories that `save` wrote.
+
+    Raises:
+      ValueError: see `memory.memory.load`.
+    """
+    rng = jax.random.split(jax.random.key(0), 1)
+    like = jax.eval_shape(
+      lambda: mplus_state.fork(self.loaded.state, 1, rng=rng[0])
+    )
+    like = like._replace(pool=like.pool._replace(rng=rng))
+    return self._hold(memory_files.load(path, like, self.fingerprint).arrays)
+
+  def _hold(self, state):
+    """Put memories where they belong, and name whose they are."""
+    if self._mesh is not None:
+      rules = mplus_state.partition_rules(several=True)
+      state = parallel.shard(state, self._mesh, rules)
+    return Memory(state, self.fingerprint)
+
+  def _check(self, memory, texts, at):
+    memory_files.check(memory, self.fingerprint)
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    at = [at] * len(texts) if isinstance(at, int) else list(at)
+    count = len(memory.arrays.pool.writes)
+    if len(at) != len(texts) or not all(0 <= n < count for n in at):
+      raise ValueError(
+        f"at is {at} for {len(texts)} texts and {count} memories: give one "
+        f"number from 0 to {count - 1}, or one for each text"
+      )
+    return texts, at
+
+
+def load(
+  path_or_hub_id: str | pathlib.Path,
+  *,
+  dtype: Any = None,
+  mesh: Mesh | None = None,
+  **options: Any,
+) -> MemoryModel:
+  """Load MemoryLLM or M+ with its tokenizer, ready to be written and asked.
+
+  Args:
+    path_or_hub_id: a local directory, or else the id of a model on the hub.
+    dtype: None: bfloat16 on accelerators, float32 on a CPU.
+    mesh: spreads weights, and the long-term store over its slots.
+    options: of `mplus_files.load` (capacity, ages, rope_dtype, ..).
+
+  Raises:
+    ValueError: see `mplus_files.load`, or no tokenizer.
+  """
+  if dtype is None:
+    on_cpu = jax.default_backend() == "cpu"
+    dtype = jnp.float32 if on_cpu else jnp.bfloat16
+  shardings = None
+  if mesh is not None:
+
+    def shardings(abstract):
+      rules = decoder.partition_rules()
+      return parallel.make_shardings(abstract, mesh, rules)
+
+  loaded = mplus_files.load(
+    path_or_hub_id,
+    rng=jax.random.key(0),
+    dtype=dtype,
+    shardings=shardings,
+    **options,
+  )
+  if mesh is not None:
+    loaded = loaded._replace(
+      params=parallel.shard(loaded.params, mesh, parallel.REPLICATE)
+    )
+  tokenizer = huggingface.load_tokenizer(path_or_hub_id)
+  return MemoryModel(loaded, tokenizer, mesh)
