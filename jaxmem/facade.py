@@ -70,6 +70,15 @@ class MemoryModel:
   def _weights(self):
     return self.loaded.frozen, self.loaded.params
 
+  @property
+  def _shipped(self):
+    if self.loaded.state is None:
+      raise ValueError(
+        "this checkpoint's pool is noise (initialized = 0): write a first text "
+        "with memoryllm.encode_first and pool.tile, and save it with that"
+      )
+    return self.loaded.state
+
   def start(self, memories: int = 1, *, seed: int = 0) -> Memory:
     """Make memories as the checkpoint ships them.
 
@@ -82,13 +91,8 @@ class MemoryModel:
     """
     if memories < 1:
       raise ValueError(f"memories is {memories}; at least 1")
-    if self.loaded.state is None:
-      raise ValueError(
-        "this checkpoint's pool is noise (initialized = 0): write a first text "
-        "with memoryllm.encode_first and pool.tile, and save it with that"
-      )
     rng = jax.random.key(seed)
-    return self._hold(mplus_state.fork(self.loaded.state, memories, rng=rng))
+    return self._hold(mplus_state.fork(self._shipped, memories, rng=rng))
 
   def write(
     self, memory: Memory, texts: str | Sequence[str], at: At = 0
@@ -212,7 +216,7 @@ class MemoryModel:
     """
     rng = jax.random.split(jax.random.key(0), 1)
     like = jax.eval_shape(
-      lambda: mplus_state.fork(self.loaded.state, 1, rng=rng[0])
+      lambda: mplus_state.fork(self._shipped, 1, rng=rng[0])
     )
     like = like._replace(pool=like.pool._replace(rng=rng))
     return self._hold(memory_files.load(path, like, self.fingerprint).arrays)

@@ -155,6 +155,7 @@ def add(
   *,
   passed: jax.Array | int,
   schedule: Schedule,
+  live: Bool[Array, ""] | None = None,
 ) -> Store:
   """Take in the rows that a write dropped, and flush when it is time.
 
@@ -165,6 +166,7 @@ def add(
     rows: pytree of [L, W, ...].
     age: of these rows, after the write.
     passed: rows that were written, by which all others grow older.
+    live: False leaves the store as it is; None is True.
 
   Raises:
     ValueError: more rows than slots, or rows of another shape.
@@ -176,11 +178,16 @@ def add(
       f"a write drops {width} rows, and the long-term store has "
       f"{slots.age.shape[1]} slots; give more"
     )
+  arrived = jnp.int32(width)
+  if live is not None:
+    passed, arrived = jnp.where(live, passed, 0), jnp.where(live, width, 0)
   slots = slots._replace(age=jnp.where(slots.valid, slots.age + passed, 0))
   first = jnp.where(slots.valid, -slots.order, _NONE)
   _, index = jax.lax.top_k(first, width)
   order = store.arrivals + jnp.arange(width, dtype=jnp.int32)
   lost = jnp.take_along_axis(slots.valid, index, axis=1).sum(dtype=jnp.int32)
+  if live is not None:  # behind the last slot, where nothing is put
+    index, lost = jnp.where(live, index, _NONE), jnp.where(live, lost, 0)
   every = jnp.ones(age.shape, bool)
   given = Slots(
     rows,
@@ -194,7 +201,9 @@ def add(
 
   def put(leaf, new):
     new = new.astype(leaf.dtype)
-    return jax.vmap(lambda own, i, x: own.at[i].set(x))(leaf, index, new)
+    return jax.vmap(lambda own, i, x: own.at[i].set(x, mode="drop"))(
+      leaf, index, new
+    )
 
   pending = store.pending + passed
   due = pending >= schedule.every
@@ -207,7 +216,7 @@ def add(
   )
   return Store(
     slots,
-    store.arrivals + width,
+    store.arrivals + arrived,
     jnp.where(due, 0, pending).astype(jnp.int32),
     store.lost + lost,
   )

@@ -46,7 +46,7 @@ def write(
     state: one memory, or B.
     ids: [T], or [B, T]; of `memoryllm.chunk_lengths`.
     valid: False on padding, on the left; a memory whose chunk has no token
-      stays as it is. None: no padding, which saves the comparing.
+      stays as it is. None: there is none.
     order: see `pool.draw`; None draws it by the state's rng.
 
   Raises:
@@ -71,13 +71,11 @@ def write(
   )
   new = jnp.moveaxis(new, 1, 0)
 
-  def one(state, new, order):
-    return commit(model, frozen, params, state, new, order=order)
+  def one(state, new, order, live):
+    return commit(model, frozen, params, state, new, order=order, live=live)
 
-  out = jax.vmap(one)(state, new, order)
-  if valid is None:
-    return out
-  return _where(valid.any(axis=1), out, state)
+  live = None if valid is None else valid.any(axis=1)
+  return jax.vmap(one)(state, new, order, live)
 
 
 def context(
@@ -221,16 +219,3 @@ def _positions(first, ids, valid):
   else:
     count = jnp.cumsum(valid, axis=1, dtype=jnp.int32)
   return first + jnp.maximum(count - 1, 0)
-
-
-def _where(live, new, old):
-  """Of each memory the new state, or the old one."""
-
-  def choose(one, other):
-    if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-      return other  # it does not move
-    return jnp.where(
-      live.reshape(live.shape + (1,) * (one.ndim - 1)), one, other
-    )
-
-  return jax.tree.map(choose, new, old)

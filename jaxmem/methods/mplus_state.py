@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmem.memory import long_term, pool
 from jaxmem.methods import memoryllm
@@ -110,6 +110,7 @@ def commit(
   age: Int[Array, "L W"] | None = None,
   passed_by: tuple[jax.Array, jax.Array] | None = None,
   order: Int[Array, "L N"] | None = None,
+  live: Bool[Array, ""] | None = None,
 ) -> State:
   """Put new rows into one memory, and what it drops into its store.
 
@@ -119,6 +120,7 @@ def commit(
     passed_by: (rows [L, V, D], ages [L, V]) that go to the store at once, as
       they had been dropped before they came into the pool.
     order: see `pool.draw`; None draws it by the state's rng.
+    live: False leaves the memory as it is; None is True.
   """
   settings = model.settings
   kept = state.pool.rows.key is not None
@@ -131,6 +133,12 @@ def commit(
     shared=not settings.drop_per_layer,
     order=order,
   )
+  if live is not None:
+    out = jax.tree.map(
+      lambda one, other: jnp.where(live, one, other),
+      out._replace(rng=()),
+      state.pool._replace(rng=()),
+    )._replace(rng=state.pool.rng)
   if state.store is None:
     return State(out)
   passed = new.shape[1] if age is None else 1 + age.max()
@@ -148,11 +156,12 @@ def commit(
       (extra, more),
     )
   return State(
-    out, _keep(model, frozen, params, state.store, gone, gone_age, passed)
+    out,
+    _keep(model, frozen, params, state.store, gone, gone_age, passed, live),
   )
 
 
-def _keep(model, frozen, params, store, gone, age, passed):
+def _keep(model, frozen, params, store, gone, age, passed, live=None):
   """Put dropped rows into the store, with their retrieval keys."""
 
   def keys(norm, projector, hidden):
@@ -168,6 +177,7 @@ def _keep(model, frozen, params, store, gone, age, passed):
     age,
     passed=passed,
     schedule=model.settings.schedule,
+    live=live,
   )
 
 
