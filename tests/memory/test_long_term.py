@@ -187,6 +187,16 @@ def test_a_full_store_loses_what_came_first():
   assert found.cached.tolist() == [5, 5] and found.lost == 6
 
 
+def test_a_write_of_nothing_changes_nothing():
+  marks, keys, ages = _batch(0)
+  store = ADD(_empty(4), marks, keys, ages, passed=2, schedule=SCHEDULE)
+  again = ADD(
+    store, marks, keys, ages,
+    passed=2, schedule=SCHEDULE, live=jnp.bool_(False),
+  )  # fmt: skip
+  jax.tree.map(np.testing.assert_array_equal, store, again)
+
+
 def test_grow_and_merge():
   marks, keys, ages = _batch(0)
   one = ADD(
