@@ -281,7 +281,7 @@ def _tiny(config: ConfigDict) -> None:
   # From one memory as it is, through the aggregator, to many to choose among.
   config.order = ("one", "own", "two", "four", "many", "all")
   config.stages.one = _stage(
-    steps=600, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
+    steps=1000, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
   )
   config.stages.own = _stage(steps=150, retrieved=1)
   # MAC and MBC have no loss by which documents are told apart: they learn to

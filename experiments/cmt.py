@@ -45,6 +45,7 @@ from jaxmem.methods import (
   cmt_streams,
   cmt_train,
   cmt_validation,
+  staged,
 )
 from jaxmem.methods.chain import settings_key
 from jaxmem.methods.prompt_learners import search
@@ -87,7 +88,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     if trained is None:
       return
     record |= trained.record | {"tokens": cmt_train.num_tokens(stages)}
-    params = export(exp, trained.params, record)
+    params = export(exp, trained.state.params, record)
   results = ask(exp, stream, params)
   if results is not None:
     write_results(exp, stream, results, record)
@@ -118,7 +119,7 @@ def start(exp: Experiment) -> cmt.Params:
   return cmt_setup.shard(base, params)
 
 
-def train(exp: Experiment, params: cmt.Params) -> cmt_train.Trained | None:
+def train(exp: Experiment, params: cmt.Params) -> staged.Trained | None:
   """Train all stages; None when stopped."""
   config, base = exp.config, exp.base
   steps = sum(stage.steps for stage in exp.stages)

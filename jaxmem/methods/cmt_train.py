@@ -1,8 +1,7 @@
 """Training of CMT, MAC and MBC in stages, on the world or on pairs of texts.
 
 Source of the stages: our choice. A small model first learns to answer from the
-one right memory, then to choose among memories; from the start with many it
-stays at chance for long.
+one right memory, then to choose among memories.
 """
 
 import dataclasses
@@ -11,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmem.data import memory_rows
@@ -22,12 +20,11 @@ from jaxmem.methods import (
   cmt_codebook,
   cmt_loss,
   cmt_params,
-  cmt_select,
+  selection,
+  staged,
 )
-from jaxmem.methods.chain import Clock
-from jaxmem.training import checkpoint, loop, optimizer, parallel
-from jaxmem.training.logging import Logger
-from jaxmem.training.step import TrainState, init_state, make_train_step
+from jaxmem.training import loop, optimizer, parallel
+from jaxmem.training.step import init_state, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,13 +144,6 @@ def make_step(
   )
 
 
-class Trained(NamedTuple):
-  """How a run went."""
-
-  params: cmt.Params
-  record: dict[str, Any]
-
-
 def train(
   model: cmt.Model,
   frozen: Any,
@@ -169,9 +159,9 @@ def train(
   stop: Callable[[int], bool],
   fingerprint: str = "",
   events: Callable[[cmt.Model], Sequence[loop.Event]] = lambda model: (),
-  select: cmt_select.Selection | None = None,
+  select: selection.Selection | None = None,
   profile: tuple[int, int] | None = None,
-) -> Trained | None:
+) -> staged.Trained | None:
   """Train stage after stage, from the last checkpoint if there is one.
 
   Args:
@@ -185,88 +175,33 @@ def train(
 
   Returns: None where the run was asked to end before.
   """
-  ends = np.cumsum([stage.steps for stage in stages])
-  tx = make_transformation(training, int(ends[-1]))
-  state = init_state(params, tx, cmt_codebook.start(model))
-  root = workdir / "training"
-  found = checkpoint.restore(root, state, fingerprint=fingerprint)
-  clock = Clock()
-  if found is not None:
-    state = found.state
-    clock.restore(found.position)
-  for stage, end in zip(stages, ends, strict=True):
-    if int(state.step) >= end:
-      continue
-    chosen = select if end == ends[-1] else None
-    if not _caught_up(chosen, state, first=int(end) - stage.steps):
-      return None
-    state, finished = _run_stage(
-      model, frozen, state, stage, int(end), source, training, tx,
-      mesh=mesh, rules=rules, rng=rng, workdir=workdir, stop=stop,
-      saves=loop.Checkpoints(
-        root, training.save_steps, keep=1, fingerprint=fingerprint
-      ),
-      clock=clock, events=events(stage_model(model, stage)), select=chosen,
-      profile=profile,
-    )  # fmt: skip
-    if not finished:
-      return None
-  record = {"steps": int(state.step)} | clock.position()
-  params = state.params
-  if select is not None:
-    params, record["selected_step"] = cmt_select.best(select, state)
-  return Trained(jax.tree.map(jnp.asarray, params), record)
+  total = sum(stage.steps for stage in stages)
+  tx = make_transformation(training, total)
 
+  def staged_as(stage):
+    return staged.Stage(
+      stage.name,
+      stage.steps,
+      make_step(model, stage, source, tx),
+      lambda step: source.batch_at(stage, step),
+      events(stage_model(model, stage)),
+    )
 
-def _caught_up(select, state, first) -> bool:
-  """Score a restored state that was stopped before; False: stopped again."""
-  step = int(state.step)
-  if select is None or step == first or step % select.every_steps:
-    return True
-  return cmt_select.consider(select, step, state) is not None
-
-
-def _run_stage(
-  model, frozen, state, stage, end, source, training, tx, *, mesh, rules, rng,
-  workdir, stop, saves, clock, events, select, profile,
-) -> tuple[TrainState, bool]:  # fmt: skip
-  """Train one stage: (state, whether it came to its end)."""
-  if select is not None:
-    events = [*events, _selecting(select)]
-
-  def ended(step):
-    return select is not None and cmt_select.has_ended(select, step)
-
-  compiled = parallel.compile_step(
-    make_step(model, stage, source, tx),
-    state,
+  return staged.train(
+    init_state(params, tx, cmt_codebook.start(model)),
     frozen,
+    [staged_as(stage) for stage in stages],
+    staged.Pace(
+      training.steps_per_call, training.save_steps, training.log_steps, profile
+    ),
     mesh=mesh,
     rules=rules,
-    steps_per_call=training.steps_per_call,
+    rng=rng,
+    workdir=workdir,
+    stop=stop,
+    fingerprint=fingerprint,
+    select=select,
   )
-  stream = loop.Stream(
-    lambda step: source.batch_at(stage, step), clock.position, clock.restore
-  )
-  with Logger(
-    workdir, total_steps=end, first_step=int(state.step), name=stage.name
-  ) as logger:
-    done = loop.train(
-      compiled, compiled.put_state(state), compiled.put_frozen(frozen), stream,
-      rng, total_steps=end, logger=logger,
-      stop=lambda step: stop(step) or ended(step), checkpoints=saves,
-      log_steps=training.log_steps, events=events, profile=profile,
-      profile_dir=workdir / "profile",
-    )  # fmt: skip
-  return done.state, done.finished or ended(int(done.state.step))
-
-
-def _selecting(select) -> loop.Event:
-  def score(step, state):
-    found = cmt_select.consider(select, step, state)
-    return {} if found is None else {"validation": found}
-
-  return loop.Event(select.every_steps, score)
 
 
 def num_tokens(stages: Sequence[Stage]) -> int:

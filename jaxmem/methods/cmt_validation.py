@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from jaxmem.data import stream_sets, world_streams
 from jaxmem.data.streams import Stream
 from jaxmem.evaluation import stream_edits, streams
-from jaxmem.methods import cmt, cmt_learner, cmt_select, cmt_setup, cmt_streams
+from jaxmem.methods import cmt, cmt_learner, cmt_setup, cmt_streams, selection
 from jaxmem.methods.cmt_batches import Reading
 from jaxmem.methods.cmt_learner import Weights
 from jaxmem.methods.remix import check
@@ -33,7 +33,7 @@ def make_selection(
   *,
   fingerprint: str,
   stop: Callable[[int], bool],
-) -> cmt_select.Selection:
+) -> selection.Selection:
   """Make how a run's weights are selected, by `config.select`."""
   chosen = config.select
   reading = cmt_setup.make_reading(
@@ -45,7 +45,7 @@ def make_selection(
     reading,
     decode=cmt_setup.decoding("greedy", config.eval.max_new_tokens),
   )
-  return cmt_select.Selection(
+  return selection.Selection(
     workdir / "selection",
     make_score(
       base,

@@ -84,7 +84,7 @@ def context(
   params: Params,
   state: State,
   *,
-  asked: Bool[Array, "L T"] | None = None,
+  asked: Bool[Array, "L *B T"] | None = None,
   rate: tuple[jax.Array, jax.Array] | None = None,
 ) -> Context:
   """Make of a memory what the decoder takes, to read or to generate behind it.
@@ -100,8 +100,8 @@ def context(
   Args:
     state: one memory, shared by all texts, or one for each, B in front.
     asked: tokens that retrieval asks with, by layer; None: all valid ones.
-    rate: (tokens that count [L, T], pool rows that ask [L, N]): also rate the
-      pool's rows, as training does; of one shared memory.
+    rate: (tokens that count, as `asked`; pool rows that ask [L, N]): also rate
+      the pool's rows, as training does; of one shared memory.
 
   Raises:
     ValueError: a memory of another model or shape.
@@ -152,7 +152,7 @@ def read(
     model.config,
     frozen,
     ids,
-    positions=_positions(model.settings.start, ids, valid),
+    positions=text_positions(model.settings.start, ids, valid),
     valid=valid,
     remat=model.remat,
     dtype=model.dtype,
@@ -203,7 +203,7 @@ def read_new(
     model.config,
     frozen,
     ids,
-    positions=_positions(1 + new.shape[2], ids, valid),
+    positions=text_positions(1 + new.shape[2], ids, valid),
     valid=valid,
     prefix=memoryllm.prefix(model, frozen, params, Rows(new)),
     adapters=params.write,
@@ -212,7 +212,10 @@ def read_new(
   )
 
 
-def _positions(first, ids, valid):
+def text_positions(
+  first: int, ids: Int[Array, "B T"], valid: Bool[Array, "B T"] | None
+) -> Int[Array, "B T"]:
+  """Count the tokens of texts from `first` on; padding does not count."""
   if valid is None:
     count = jnp.arange(1, ids.shape[1] + 1, dtype=jnp.int32)
     count = jnp.broadcast_to(count, ids.shape)

@@ -29,7 +29,7 @@ class Layer(NamedTuple):
 
   slots: long_term.Slots  # with B in front where each text has its own memory
   query: dict[str, jax.Array]  # projector
-  asked: jax.Array | None = None  # [T] bool, tokens that count; None: all
+  asked: jax.Array | None = None  # [T] or [B, T], tokens that count; None: all
   relevance: Any = None  # `Relevance`, where that is asked for
 
 
@@ -40,7 +40,7 @@ class Relevance(NamedTuple):
   norm: dict[str, jax.Array]  # weights of the layer's first norm
   key: dict[str, jax.Array]  # projectors
   encoder_query: dict[str, jax.Array]
-  asked: jax.Array  # [T] bool, tokens that count
+  asked: jax.Array  # [T] or [B, T] bool, tokens that count
   asking: jax.Array  # [N] bool, rows that ask about the others
 
 
@@ -74,7 +74,7 @@ def retrieval(config: ModelConfig, settings: Settings) -> Callable:
     if layer.relevance is not None:
       rated = rate(config, layer.query, layer.relevance, normed, asked)
     if layer.asked is not None:
-      asked = asked & layer.asked[None]
+      asked = asked & _rows(layer.asked)
     queries = project(layer.query, normed)
 
     def one(slots, queries, asked):
@@ -117,12 +117,17 @@ def rate(
   rows = decoder.norm(config, relevance.norm, hidden)
   rows = jax.lax.stop_gradient(rows)
   keys = project(relevance.key, rows)
-  asked = valid & relevance.asked[None]
+  asked = valid & _rows(relevance.asked)
   weights = jax.vmap(functools.partial(long_term.match, keys))(
     project(query, normed), asked
   )
   asking = project(relevance.encoder_query, rows)
   return Rated(weights, long_term.match(keys, asking, relevance.asking))
+
+
+def _rows(asked):
+  """One mask for all texts, or one for each, as [B or 1, T]."""
+  return asked if asked.ndim == 2 else asked[None]
 
 
 def project(

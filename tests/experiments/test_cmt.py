@@ -12,7 +12,13 @@ from experiments import cmt as experiment
 from experiments import cmt_ladders
 from jaxmem import config as configs
 from jaxmem.data import world
-from jaxmem.methods import cmt_setup, cmt_streams, cmt_train, cmt_validation
+from jaxmem.methods import (
+  cmt_setup,
+  cmt_streams,
+  cmt_train,
+  cmt_validation,
+  staged,
+)
 from tests.experiments.conftest import StopAfter
 
 CONFIG = "configs/cmt.py:smoke"
@@ -91,7 +97,7 @@ def questions(tmp_path_factory):
 @pytest.fixture
 def compiled_once(monkeypatch):
   """Runs with equal settings share programs."""
-  make, compiled = cmt_train.make_step, cmt_train.parallel.compile_step
+  make, compiled = cmt_train.make_step, staged.parallel.compile_step
   steps, programs = {}, {}
 
   def make_step(model, stage, source, tx):
@@ -112,7 +118,7 @@ def compiled_once(monkeypatch):
 
   monkeypatch.setattr(cmt_validation, "make_score", make_score)
   monkeypatch.setattr(cmt_train, "make_step", make_step)
-  monkeypatch.setattr(cmt_train.parallel, "compile_step", compile_step)
+  monkeypatch.setattr(staged.parallel, "compile_step", compile_step)
 
 
 def test_a_run_that_is_stopped_goes_on_and_ends_the_same(

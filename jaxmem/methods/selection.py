@@ -8,11 +8,10 @@ one score of one stream, and intervals are steps.
 import json
 import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from jaxmem.methods import cmt
 from jaxmem.training import checkpoint
 from jaxmem.training.step import TrainState
 
@@ -23,7 +22,7 @@ class Selection(NamedTuple):
   """How weights are selected, in the last stage of training."""
 
   folder: pathlib.Path  # of the scores and of the best weights
-  score: Callable[[cmt.Params], float | None]  # higher is better; None: stopped
+  score: Callable[[Any], float | None]  # higher is better; None: stopped
   every_steps: int
   patience: int  # scores without a gain that end the training; 0: never
   fingerprint: str = ""  # of the run
@@ -75,7 +74,7 @@ def has_ended(selection: Selection, step: int) -> bool:
   return 0 < selection.patience <= len(scores) - 1 - best
 
 
-def best(selection: Selection, state: TrainState) -> tuple[cmt.Params, int]:
+def best(selection: Selection, state: TrainState) -> tuple[Any, int]:
   """Read the weights that were kept, and their step.
 
   Raises:
