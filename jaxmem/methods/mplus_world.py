@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from jaxmem.data import memory_rows
@@ -128,20 +129,27 @@ def draw_step(
   asked = jax.vmap(ask)(age, which)
   none = jnp.zeros(number * each, jnp.int32)
   return Step(
-    _leftward(jax.tree.map(lambda x: x[:, 1:], ours.documents)),
-    _without_bos(Asked(ours.answers, ours.labels, none)),
-    _without_bos(Asked(*asked, age)),
+    documents_of(ours),
+    without_bos(Asked(ours.answers, ours.labels, none)),
+    without_bos(Asked(*asked, age)),
   )
 
 
-def _without_bos(asked):
-  """The memory's own bos stands for it."""
+def batch_at(memories: int, step: int) -> dict[str, np.ndarray]:
+  """Make the host batch of a step: every memory, and the step's number."""
+  number = np.arange(memories, dtype=np.int32)
+  return {"memory": number, "step": np.full(memories, step, np.int32)}
+
+
+def without_bos(asked: Asked) -> Asked:
+  """Leave out the bos of questions: the memory has its own."""
   texts = jax.tree.map(lambda x: x[:, 1:], asked.texts)
   return asked._replace(texts=texts, labels=asked.labels[:, 1:])
 
 
-def _leftward(texts):
-  """Texts with their padding on the left."""
+def documents_of(row: memory_rows.MemoryRows) -> Texts:
+  """A row's documents as they are written: no bos, padding on the left."""
+  texts = jax.tree.map(lambda x: x[:, 1:], row.documents)
 
   def one(ids, valid):
     shift = len(ids) - valid.sum(dtype=jnp.int32)
@@ -151,32 +159,32 @@ def _leftward(texts):
 
 
 class Scored(NamedTuple):
-  """Sums over one memory's questions of a step."""
+  """How questions were answered; sums where they have no Q."""
 
-  nll: jax.Array  # [] nats
-  labels: jax.Array  # [] tokens that were scored
-  right: jax.Array  # [] questions of which every token is the likeliest
-  questions: jax.Array  # []
+  nll: jax.Array  # [Q] nats
+  labels: jax.Array  # [Q] tokens that were scored
+  right: jax.Array  # [Q] whether every one is the likeliest
+  questions: jax.Array  # [Q] 1 where there is a token to score
 
 
 class Found(NamedTuple):
-  """How the retriever did, as sums and counts over questions and layers."""
+  """How the retriever did, sums and counts over layers."""
 
-  near: jax.Array  # [] -log of the weights of a document's own pool rows
-  near_count: jax.Array  # []
-  far: jax.Array  # [] -log of 1 - the weights of all other pool rows
-  far_count: jax.Array  # []
-  recalled: jax.Array  # [] rows of the document found in the long-term store
-  stored: jax.Array  # [] those that are there
+  near: jax.Array  # [Q] -log of the weights of a document's own pool rows
+  near_count: jax.Array  # [Q]
+  far: jax.Array  # [Q] -log of 1 - the weights of all other pool rows
+  far_count: jax.Array  # [Q]
+  recalled: jax.Array  # [Q] rows of the document found in the long-term store
+  stored: jax.Array  # [Q] those that are there
 
 
 class Taught(NamedTuple):
   """What a step did to one memory."""
 
   state: State
-  new: Scored
-  pool: Scored
-  found: Found
+  new: Scored  # sums
+  pool: Scored  # sums
+  found: Found  # sums
 
 
 def teach(
@@ -195,7 +203,7 @@ def teach(
     newest = state.pool.rows.hidden[:, -tokens:]
     texts = jax.tree.map(lambda x: x[None], texts)
     made = memoryllm.encode(model, frozen, params, newest, *texts)
-    new = _zeros(Scored)
+    new = zeros(Scored, len(own.age))
     if task.new:
       shape = (made.shape[0], len(own.age), *made.shape[2:])
       rows = jnp.broadcast_to(made, shape)
@@ -203,15 +211,14 @@ def teach(
       new = score(model, frozen, hidden, own)
     kept = made[:, 0]
     kept = kept if task.through_pool else jax.lax.stop_gradient(kept)
-    return mplus_state.commit(model, frozen, params, state, kept), new
+    return mplus_state.commit(model, frozen, params, state, kept), _sum(new)
 
   own = jax.tree.map(lambda x: x.reshape(number, -1, *x.shape[1:]), step.own)
   state, new = jax.lax.scan(write, state, (step.documents, own))
-  new = jax.tree.map(lambda x: x.sum(axis=0), new)
-  pool, found = _zeros(Scored), _zeros(Found)
+  pool, found = zeros(Scored, 0), zeros(Found, 0)
   if task.questions:
     pool, found = ask(model, task, frozen, params, state, step.asked)
-  return Taught(jax.lax.stop_gradient(state), new, pool, found)
+  return Taught(jax.lax.stop_gradient(state), *map(_sum, (new, pool, found)))
 
 
 def ask(
@@ -244,10 +251,27 @@ def ask(
     dtype=model.dtype,
     **given._asdict(),
   )
-  found = _zeros(Found)
+  found = zeros(Found, len(asked.age))
   if given.prefix_fn is not None:
     found = _found(model, state, asked, out.aux)
   return score(model, frozen, out.hidden, asked), found
+
+
+def ask_alone(
+  model: Model, frozen: Any, params: Params, asked: Asked
+) -> Scored:
+  """Ask questions without any memory, behind the bos at their usual place."""
+  out = decoder.apply(
+    model.config,
+    frozen,
+    asked.texts.ids,
+    positions=mplus.text_positions(model.settings.start, *asked.texts),
+    valid=asked.texts.valid,
+    prefix=memoryllm.prefix(model, frozen, params, None),
+    adapters=params.read,
+    dtype=model.dtype,
+  )
+  return score(model, frozen, out.hidden, asked)
 
 
 def _found(model, state, asked, retrieved) -> Found:
@@ -257,18 +281,22 @@ def _found(model, state, asked, retrieved) -> Found:
   slots = state.store.slots
   own = (slots.age[:, None] // tokens == age) & slots.valid[:, None]
   chosen = jnp.take_along_axis(own, retrieved.found.index, axis=2)
-  out = _zeros(Found)._replace(
-    recalled=(chosen & retrieved.found.valid).sum(), stored=own.sum()
+
+  def count(values):
+    return values.sum(axis=(0, 2))
+
+  out = zeros(Found, len(asked.age))._replace(
+    recalled=count(chosen & retrieved.found.valid), stored=count(own)
   )
   if retrieved.rated is None:
     return out
   weights = retrieved.rated.weights  # [L, Q, N]
   near = state.pool.age[:, None] // tokens == age
   return out._replace(
-    near=jnp.where(near, -jnp.log(weights + _FLOOR), 0).sum(),
-    near_count=near.sum(),
-    far=jnp.where(near, 0, -jnp.log(1 - weights + _FLOOR)).sum(),
-    far_count=(~near).sum(),
+    near=count(jnp.where(near, -jnp.log(weights + _FLOOR), 0)),
+    near_count=count(near),
+    far=count(jnp.where(near, 0, -jnp.log(1 - weights + _FLOOR))),
+    far_count=count(~near),
   )
 
 
@@ -285,17 +313,27 @@ def score(model: Model, frozen: Any, hidden: jax.Array, asked: Asked) -> Scored:
   )
   count = asked.labels[:, 1:].sum(axis=1)
   right = (hit.sum(axis=1) == count) & (count > 0)
-  return Scored(nll.sum(), count.sum(), right.sum(), (count > 0).sum())
+  return Scored(
+    nll.sum(axis=1),
+    count,
+    right.astype(jnp.int32),
+    (count > 0).astype(jnp.int32),
+  )
 
 
-def _zeros(kind: type) -> Any:
+def zeros(kind: type, questions: int) -> Any:
+  """Scores of questions that were not asked: of `Scored` or `Found`."""
   sums = ("nll", "near", "far")
   return kind(
     **{
-      name: jnp.zeros((), jnp.float32 if name in sums else jnp.int32)
+      name: jnp.zeros(questions, jnp.float32 if name in sums else jnp.int32)
       for name in kind._fields
     }
   )
+
+
+def _sum(scores):
+  return jax.tree.map(lambda x: x.sum(), scores)
 
 
 def make_loss(model: Model, task: Task, draw: Callable[..., Step]) -> Callable:

@@ -1,0 +1,271 @@
+"""From the values of an M+ config to settings, stages, model and memories."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+from ml_collections import ConfigDict
+
+from jaxmem.data import memory_rows
+from jaxmem.data.world import World
+from jaxmem.methods import base as base_model
+from jaxmem.methods import (
+  memoryllm,
+  mplus_params,
+  mplus_state,
+  mplus_world,
+  staged,
+)
+from jaxmem.methods.memoryllm import Model, Params, State
+from jaxmem.methods.mplus_config import Lora
+from jaxmem.methods.mplus_world import Task
+from jaxmem.methods.remix import check
+from jaxmem.models import decoder
+from jaxmem.models.fingerprint import fingerprint
+from jaxmem.training import loop, optimizer, parallel
+from jaxmem.training.step import make_train_step
+
+METHODS = ("mplus", "memoryllm")
+TRAINED = ("all", "projectors")  # what a stage moves
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+# Of a training state: what is frozen, memories by their number, all else whole.
+RULES = (
+  ("^memory/", PartitionSpec(("data", "fsdp"))),
+  *decoder.partition_rules(),
+  *parallel.REPLICATE,
+)
+NOISE = 0.3  # of the rows before any write; soon gone. Our choice
+
+
+class Base(NamedTuple):
+  """What everything runs on."""
+
+  model: Model
+  lora: Lora
+  weights: Any  # the frozen language model's
+  tokenizer: Any
+  mesh: Any
+  name: str  # fingerprint of the weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of training."""
+
+  name: str
+  steps: int
+  task: Task
+  trains: str = "all"  # of TRAINED
+
+
+def make_settings(config: ConfigDict) -> memoryllm.Settings:
+  """Build the sizes of a memory.
+
+  Raises:
+    ValueError: an unknown method, or sizes that no memory can have.
+  """
+  check("method", config.method, METHODS)
+  given, sizes = config.memory, {}
+  long_blocks = given.long_blocks if config.method == "mplus" else 0
+  if config.method == "mplus" and long_blocks < 1:
+    raise ValueError(
+      "memory.long_blocks is 0: M+ retrieves some; or set method=memoryllm"
+    )
+  if long_blocks:
+    same = ("key_width", "projector_layers", "flush_every", "first_frequency")
+    sizes = {name: given[name] for name in (*same, "decay")}
+  return memoryllm.Settings(
+    tokens=given.tokens,
+    blocks=given.pool_blocks + long_blocks,
+    long_blocks=long_blocks,
+    longest=config.data.document_tokens,
+    shortest=1,
+    **sizes,
+  )
+
+
+def make_stages(config: ConfigDict) -> tuple[Stage, ...]:
+  """Build the stages in their order.
+
+  Raises:
+    ValueError: no stage, an unknown one, or a value out of range.
+  """
+  if not config.order:
+    raise ValueError("order names no stage: give some of config.stages")
+  return tuple(_stage(config, name) for name in config.order)
+
+
+def _stage(config, name) -> Stage:
+  if name not in config.stages:
+    raise ValueError(
+      f"order names the stage {name!r}; config.stages has "
+      f"{', '.join(config.stages)}"
+    )
+  given = config.stages[name]
+  if given.steps < 1:
+    raise ValueError(f"stages.{name}.steps is {given.steps}; at least 1")
+  check(f"stages.{name}.trains", given.trains, TRAINED)
+  task = {field.name: given[field.name] for field in dataclasses.fields(Task)}
+  if config.method == "memoryllm":  # which has nothing to retrieve
+    task |= {"retrieve": False, "found": 0.0}
+    if given.trains == "projectors":
+      raise ValueError(
+        f"stages.{name} trains projectors, which method=memoryllm has not: "
+        "leave it out of order"
+      )
+  return Stage(name, given.steps, Task(**task), given.trains)
+
+
+def make_shape(config: ConfigDict) -> memory_rows.Shape:
+  """Build the documents and questions of a step and memory."""
+  data = config.data
+  return memory_rows.Shape(
+    documents=data.documents,
+    asked=data.documents,
+    questions=data.questions,
+    **{
+      key: data[key]
+      for key in (
+        "facts", "document_tokens", "question_tokens", "answer_tokens",
+        "scaffold", "register", "filler", "hard",
+      )
+    },
+  )  # fmt: skip
+
+
+def load_base(config: ConfigDict) -> Base:
+  """Load the language model and bind the memory's settings to it.
+
+  Raises:
+    ValueError: no such model, or see `make_settings`.
+  """
+  settings = make_settings(config)
+  check("train.base_dtype", config.train.base_dtype, tuple(DTYPES))
+  found = base_model.load(
+    config.model, config.mesh, dtype=DTYPES[config.train.base_dtype]
+  )
+  given = config.memory
+  return Base(
+    model=Model(found.config, settings, remat=config.train.remat),
+    lora=Lora(
+      given.lora_rank, given.lora_alpha, tuple(given.lora_targets), dropout=0.0
+    ),
+    weights=found.weights,
+    tokenizer=found.tokenizer,
+    mesh=found.mesh,
+    name=fingerprint(found.weights),
+  )
+
+
+def start(config: ConfigDict, base: Base) -> tuple[Params, State]:
+  """Draw the parameters, and memories [M, ..] of rows that mean nothing yet."""
+  rng = jax.random.key(config.seed)
+  keys = [jax.random.fold_in(rng, i) for i in range(4)]
+  params = mplus_params.init(base.model, base.weights, base.lora, rng=keys[0])
+  model, settings = base.model.config, base.model.settings
+  shape = (model.num_layers, settings.pool_rows, model.hidden_size)
+  state = mplus_state.start(
+    base.model,
+    base.weights,
+    params,
+    NOISE * jax.random.normal(keys[1], shape),
+    rng=keys[2],
+    capacity=config.memory.capacity or None,
+    keep_key_value=False,
+  )
+  memories = config.train.memories
+  if memories < 1:
+    raise ValueError(f"train.memories is {memories}; at least 1")
+  return params, mplus_state.fork(state, memories, rng=keys[3])
+
+
+def make_transformation(config: ConfigDict, total_steps: int) -> Any:
+  """Make the optimiser with its schedule over all stages.
+
+  Raises:
+    ValueError: an unknown schedule, or a value out of range.
+  """
+  train = config.train
+  check("train.schedule", train.schedule, optimizer.SCHEDULES)
+  if not train.rate > 0:
+    raise ValueError(f"train.rate is {train.rate}; it must be above 0")
+  rate = optimizer.make_schedule(
+    train.schedule,
+    train.rate,
+    total_steps=total_steps,
+    warmup_steps=min(train.warmup_steps, total_steps - 1),
+    end_ratio=train.end_ratio,
+  )
+  groups = [optimizer.Group(r"(^|/)(scale|mask)$", weight_decay=0.0)]
+  if config.method == "mplus":
+    scale = train.projector_rate / train.rate
+    groups.append(optimizer.Group(r"(^|/)projectors/", rate_scale=scale))
+  return optimizer.adamw(
+    rate, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay,
+    clip_norm=train.clip_norm, groups=groups,
+  )  # fmt: skip
+
+
+def only_projectors(tx: Any) -> Any:
+  """The optimiser with all else held still; its state has the same shape."""
+
+  def update(grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    names = optimizer.path_names(updates)
+    held = jax.tree.map(
+      lambda name, x: x if "projectors/" in name else jnp.zeros_like(x),
+      names,
+      updates,
+    )
+    return held, state
+
+  return optax.GradientTransformation(tx.init, update)
+
+
+def make_stage(
+  config: ConfigDict,
+  base: Base,
+  stage: Stage,
+  world: World,
+  tx: Any,
+  events: tuple[loop.Event, ...] = (),
+  *,
+  axis_name: str | None = None,
+) -> staged.Stage:
+  """Make a stage's train step, on the world."""
+  draw: Callable = functools.partial(
+    mplus_world.draw_step,
+    world,
+    make_shape(config),
+    stage.task,
+    rng=jax.random.fold_in(jax.random.key(config.seed), 4),
+  )
+  loss = mplus_world.make_loss(base.model, stage.task, draw)
+  tx = only_projectors(tx) if stage.trains == "projectors" else tx
+  return staged.Stage(
+    stage.name,
+    stage.steps,
+    make_train_step(loss, tx, axis_name=axis_name),
+    functools.partial(mplus_world.batch_at, config.train.memories),
+    events,
+  )
+
+
+def learned(config: ConfigDict) -> dict[str, Any]:
+  """Settings that decide what is learned; for the run's fingerprint."""
+  train = config.train.to_dict()
+  for name in ("steps_per_call", "save_steps", "log_steps"):
+    del train[name]
+  return {
+    "method": config.method,
+    "memory": {k: str(v) for k, v in config.memory.items()},
+    "stages": [dataclasses.asdict(stage) for stage in make_stages(config)],
+    "train": train,
+    "data": {k: str(v) for k, v in config.data.items()},
+    "seed": config.seed,
+  }

@@ -1,0 +1,127 @@
+"""The whole M+ experiment on a model of a few thousand weights."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from experiments import mplus as experiment
+from jaxmem import config as configs
+from jaxmem.methods import mplus_files, mplus_setup, staged
+from tests.experiments.conftest import StopAfter
+
+TINY = {
+  "order": "('store',)",
+  "stages.store.steps": 4,
+  "memory.tokens": 2,
+  "memory.lora_rank": 2,
+  "memory.lora_targets": "('q_proj', 'down_proj')",
+  "memory.key_width": 4,
+  "eval.memories": 2,
+  "eval.writes": 4,
+  "eval.distances": "(0, 3)",
+  "train.save_steps": 2,
+}
+
+
+def make_config(model_dir, **changes):
+  values = TINY | {"model": str(model_dir)} | changes
+  return configs.apply(configs.load("configs/mplus.py:smoke"), values)
+
+
+def never(step):
+  del step
+  return False
+
+
+def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
+  model_dir, tmp_path, monkeypatch
+):
+  compiled, programs = staged.parallel.compile_step, []
+
+  def compile_step(*args, **kwargs):
+    programs.append(programs[0] if programs else compiled(*args, **kwargs))
+    return programs[0]
+
+  monkeypatch.setattr(staged.parallel, "compile_step", compile_step)
+  config = make_config(model_dir)
+  experiment.run(config, tmp_path / "whole", never)
+  result = json.loads((tmp_path / "whole" / "result.json").read_text())
+  assert result["steps"] == 4 and result["reach"] in (-1, 0, 3)
+  for name in ("right/0", "right/3", "right/alone", "recall/3"):
+    assert 0 <= result[name] <= 100
+  assert (tmp_path / "whole" / experiment.PLOT_FILE).stat().st_size > 1000
+  folder = tmp_path / "whole" / "memory"
+  loaded = mplus_files.load(folder, rng=jax.random.key(0))
+  wanted = mplus_setup.make_settings(config)
+  for name in ("tokens", "pool_rows", "retrieved", "schedule", "key_width"):
+    assert getattr(loaded.model.settings, name) == getattr(wanted, name)
+  assert loaded.state.store is not None
+
+  monkeypatch.setattr(
+    experiment, "make_exam", lambda *_: lambda *_: result | {"recall/0": 0.0}
+  )
+  experiment.run(config, tmp_path / "cut", StopAfter(1))
+  assert not (tmp_path / "cut" / "memory").exists()
+  experiment.run(config, tmp_path / "cut", never)
+  one, other = (
+    load_file(tmp_path / name / "memory" / "model.safetensors")
+    for name in ("whole", "cut")
+  )
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_stage_of_projectors_moves_nothing_else(model_dir):
+  config = make_config(model_dir)
+  base = mplus_setup.load_base(config)
+  params, _ = mplus_setup.start(config, base)
+  tx = mplus_setup.make_transformation(config, 100)
+  held = mplus_setup.only_projectors(tx)
+  ones = jax.tree.map(np.ones_like, params)
+  state = held.init(params)
+  for _ in range(2):  # the first has a rate of 0
+    moved, state = held.update(ones, state, params)
+  assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(moved.write))
+  assert all(
+    (np.asarray(x) != 0).any() for x in jax.tree.leaves(moved.projectors)
+  )
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"method": "cmt"}, "method is 'cmt'"),
+    ({"order": "()"}, "order names no stage"),
+    ({"order": "('three',)"}, "the stage 'three'"),
+    ({"stages.store.steps": 0}, "stages.store.steps is 0"),
+    ({"stages.store.trains": "nothing"}, "stages.store.trains"),
+    ({"stages.store.most_writes": 0}, "most_writes is 0"),
+    ({"memory.long_blocks": 0}, "M\\+ retrieves some"),
+    ({"memory.tokens": 0}, "tokens is 0"),
+    ({"memory.capacity": 1}, "capacity is 1"),
+    (
+      {"method": "memoryllm", "order": "('find',)"},
+      "which method=memoryllm has not",
+    ),
+    ({"eval.distances": "(0, 9)"}, "distances below"),
+    ({"train.memories": 0}, "train.memories is 0"),
+    ({"train.rate": 0.0}, "train.rate is 0.0"),
+    ({"train.schedule": "step"}, "train.schedule"),
+  ],
+)
+def test_wrong_settings_stop_before_anything_is_compiled(
+  model_dir, tmp_path, changes, message
+):
+  with pytest.raises(ValueError, match=message):
+    experiment.run(make_config(model_dir, **changes), tmp_path, never)
+
+
+def test_arms_of_the_sweep_read_as_much():
+  config = configs.load("configs/mplus.py:tiny")
+  plus = mplus_setup.make_settings(config)
+  configs.apply(config, {"method": "memoryllm", "memory.pool_blocks": 10})
+  pool = mplus_setup.make_settings(config)
+  assert plus.pool_rows + plus.retrieved == pool.pool_rows == 80
+  assert plus.schedule.every == 64 and plus.retrieved == 16
