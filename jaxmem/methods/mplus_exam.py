@@ -48,45 +48,13 @@ def make_exam(
     ValueError: a distance that is not written, or a number that does not
       divide.
   """
-  number, each = shape.documents, shape.questions
+  number = shape.documents
   if writes % number or not all(0 <= at < writes for at in distances):
     raise ValueError(
       f"writes is {writes}, distances {tuple(distances)}: give distances below "
       f"writes, and writes that the {number} documents of a group divide"
     )
-  task = Task(questions=each, retrieve=retrieve)
-  places = writes - 1 - jnp.array(distances)
-
-  def one(params, frozen, state, rng):
-    def group(index):
-      return memory_rows.draw_row(
-        world, shape, rng=jax.random.fold_in(rng, index)
-      )
-
-    def write(state, index):
-      texts = mplus_world.documents_of(group(index))
-      for i in range(number):
-        part = jax.tree.map(lambda x, i=i: x[i], texts)
-        state = mplus.write(model, frozen, params, state, *part)
-      return state, None
-
-    groups = jnp.arange(writes // number)
-    state, _ = jax.lax.scan(write, state, groups)
-
-    def questions(place):
-      row = group(place // number)
-      index = place % number * each + jnp.arange(each)
-      found = jax.tree.map(lambda x: x[index], (row.answers, row.labels))
-      age = jnp.full(each, writes - 1, jnp.int32) - place.astype(jnp.int32)
-      return mplus_world.without_bos(Asked(*found, age))
-
-    asked = jax.vmap(questions)(places)
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), asked)
-    scores, found = mplus_world.ask(model, task, frozen, params, state, flat)
-    wide = (len(distances), each)
-    at = jax.tree.map(lambda x: x.reshape(wide).sum(axis=1), (scores, found))
-    alone = mplus_world.ask_alone(model, frozen, params, flat)
-    return *at, jax.tree.map(lambda x: x.sum(), alone)
+  one = _make_memory(model, world, shape, writes, distances, retrieve)
 
   def run(params, frozen, state, rng):
     states = mplus_state.fork(state, memories, rng=jax.random.fold_in(rng, 0))
@@ -104,6 +72,44 @@ def make_exam(
         stored = jnp.maximum(found.stored[i], 1)
         out[f"recall/{at}"] = found.recalled[i] / stored
     return out
+
+  return run
+
+
+def _make_memory(model, world, shape, writes, distances, retrieve):
+  """Make the exam of one memory: sums by distance, [E] each, and alone."""
+  number, each = shape.documents, shape.questions
+  task = Task(questions=each, retrieve=retrieve)
+  places = writes - 1 - jnp.array(distances)
+
+  def run(params, frozen, state, rng):
+    def group(index):
+      return memory_rows.draw_row(
+        world, shape, rng=jax.random.fold_in(rng, index)
+      )
+
+    def write(state, index):
+      texts = mplus_world.documents_of(group(index))
+      for i in range(number):
+        part = jax.tree.map(lambda x, i=i: x[i], texts)
+        state = mplus.write(model, frozen, params, state, *part)
+      return state, None
+
+    def questions(place):
+      row = group(place // number)
+      index = place % number * each + jnp.arange(each)
+      found = jax.tree.map(lambda x: x[index], (row.answers, row.labels))
+      age = jnp.full(each, writes - 1, jnp.int32) - place.astype(jnp.int32)
+      return mplus_world.without_bos(Asked(*found, age))
+
+    state, _ = jax.lax.scan(write, state, jnp.arange(writes // number))
+    asked = jax.vmap(questions)(places)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), asked)
+    scores, found = mplus_world.ask(model, task, frozen, params, state, flat)
+    wide = (len(distances), each)
+    at = jax.tree.map(lambda x: x.reshape(wide).sum(axis=1), (scores, found))
+    alone = mplus_world.ask_alone(model, frozen, params, flat)
+    return *at, jax.tree.map(lambda x: x.sum(), alone)
 
   return run
 
