@@ -35,6 +35,7 @@ def _stage(**values) -> ConfigDict:
       # end with 0, which is how they are asked.
       "retrieved": 0,
       "no_aggregate": False,  # its own document's memory, as it is
+      "imitate": 0.0,  # weight of an aggregator that learns to give the same
       "reconstruct": 0.0,  # weight of telling a text from its memory alone
       "keep": 1.0,  # share of a row's documents with a gradient
       "beta": None,  # weight of the matching loss; None: memory.beta
@@ -281,7 +282,7 @@ def _tiny(config: ConfigDict) -> None:
   # From one memory as it is, through the aggregator, to many to choose among.
   config.order = ("one", "own", "two", "four", "many", "all")
   config.stages.one = _stage(
-    steps=1000, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
+    steps=600, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
   )
   config.stages.own = _stage(steps=150, retrieved=1)
   # MAC and MBC have no loss by which documents are told apart: they learn to

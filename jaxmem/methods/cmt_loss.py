@@ -7,6 +7,7 @@ gradients; MBC (arXiv 2601.00756): the codebook and its resets. Axes as in
 row, A tokens of a question with its answer, V codes.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -156,12 +157,39 @@ def make_loss(model: Model) -> Callable:
       metrics["vq"] = found.vq
       used = codebook.perplexity(found.memory)
       metrics["codes"] = (used, jnp.ones_like(used))
+    if settings.imitate:
+      far = _imitation(model, params, found)
+      metrics["imitate"] = ((far * answered).sum(), answered.sum())
     if settings.reconstruct:
       metrics["text"] = _text_nll(model, frozen, params, batch, found.local)
     total = nll.sum() + _others(settings, metrics, gather)
     return total, LossAux(found.memory, labels.sum(), metrics)
 
   return loss_fn
+
+
+def _imitation(model, params, found: Compressed) -> jax.Array:
+  """How far the aggregator is from its one document's memory, [G], by its size.
+
+  The gradient is the aggregator's alone.
+  """
+  changed = dataclasses.replace(
+    model.settings, no_aggregate=False, train_retrieved=1
+  )
+  question, memories, scores = jax.lax.stop_gradient(
+    (found.question, found.bank.memories, found.scores)
+  )
+  made = aggregate_batch(
+    model._replace(settings=changed),
+    params,
+    question,
+    found.bank._replace(memories=memories),
+    scores,
+    found.own,
+  )
+  wanted = memories[jnp.maximum(found.own, 0)]
+  size = jnp.square(wanted).mean(axis=(1, 2))
+  return jnp.square(made - wanted).mean(axis=(1, 2)) / jnp.maximum(size, 1e-6)
 
 
 def _text_nll(model, frozen, params, batch, memories):
@@ -191,6 +219,7 @@ def _others(settings, metrics, gather):
     ("match", settings.beta),
     ("vq", settings.vq_weight),
     ("text", settings.reconstruct),
+    ("imitate", settings.imitate),
   ):
     if name in metrics and weight:
       share = weight * tokens / jnp.maximum(everywhere(name), 1)

@@ -64,6 +64,10 @@ class Settings:
   # 2307.06945) trains its slots at first; the paper: none.
   reconstruct: float | int = 0.0
   no_aggregate: bool = False  # its own document's memory is injected as it is
+  # Weight of the squared distance between what the aggregator makes of a
+  # question's own document and that document's memory. Our choice: an
+  # aggregator that begins after no_aggregate then gives what was read before.
+  imitate: float | int = 0.0
   keep: float | int = 1.0  # share of documents with a gradient (MAC 3.3)
   answer_labels: int = 24  # tokens of an answer at most (MAC)
   num_codes: int = 0  # of the codebook; 0: none (MBC: 512)
@@ -100,7 +104,7 @@ class Settings:
         raise ValueError(f"{name} is {getattr(self, name)}; at least 1")
     for name in (
       "alpha", "beta", "match_weight", "train_retrieved", "num_codes",
-      "kv_lora_rank", "vq_weight", "vq_commitment",
+      "kv_lora_rank", "vq_weight", "vq_commitment", "imitate",
     ):  # fmt: skip
       if getattr(self, name) < 0:
         raise ValueError(f"{name} is {getattr(self, name)}; at least 0")

@@ -107,7 +107,7 @@ def _stage(config, name) -> cmt_train.Stage:
       f"stages.{name} has known={stage.known} questions without a document, "
       "which no_aggregate has no memory for: set known=0"
     )
-  same = ("no_aggregate", "keep", "reconstruct")
+  same = ("no_aggregate", "imitate", "keep", "reconstruct")
   changes = {key: stage[key] for key in same}
   changes["train_retrieved"] = stage.retrieved
   if config.method == "cmt":  # the others have none of these

@@ -227,6 +227,35 @@ def test_only_kept_documents_and_their_questions_count():
   assert (pull(nothing.at[:, 0].set(1.0)) != 0).any()
 
 
+def test_an_aggregator_imitates_the_memory_that_is_read_instead_of_it():
+  """Worked out apart; nothing but the aggregator has its gradient."""
+  model = model_of(alpha=0.0, no_aggregate=True, imitate=0.5)
+  params, batch = params_of(model), batch_of(rows=2)
+
+  def terms(params):
+    total, aux = loss_of(model, params, batch)
+    rest = loss_of(model_of(alpha=0.0, no_aggregate=True), params, batch)[0]
+    return total - rest, aux
+
+  (gained, aux), grads = jax.value_and_grad(terms, has_aux=True)(params)
+  far, count = aux.metrics["imitate"]
+  np.testing.assert_allclose(gained, 0.5 * far / count, rtol=1e-3, atol=1e-5)
+  found = cmt_loss.compress_batch(
+    model, small.params(), params, batch, Gather()
+  )
+  plain, wanted = model_of(alpha=0.0, train_retrieved=1), 0.0
+  made = cmt_loss.aggregate_batch(
+    plain, params, found.question, found.bank, found.scores, found.own
+  )
+  for row, own in enumerate(found.own):
+    memory = np.asarray(found.bank.memories[own])
+    wanted += np.square(made[row] - memory).mean() / np.square(memory).mean()
+  np.testing.assert_allclose(far, wanted, rtol=1e-4)
+  for name, part in grads.items():
+    size = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(part))
+    assert (size > 1e-4) == (name == "aggregator"), name
+
+
 def test_own_document_comes_first_and_none_is_invented():
   scores = jnp.array([[0.1, 0.9, 0.5], [0.3, 0.2, 0.1]])
   found = cmt_loss.select_in_batch(scores, jnp.array([0, -1]), 2)
@@ -281,6 +310,7 @@ def test_aligned_start_looks_up_by_likeness():
   ("changes", "message"),
   [
     ({"injector": "prefix"}, "injector is 'prefix'; allowed"),
+    ({"imitate": -1.0}, "imitate is -1"),
     ({"keep": 0.0}, "keep is 0.0"),
     ({"tokens": 0}, "tokens is 0"),
     ({"alpha": -1.0}, "alpha is -1.0"),
