@@ -120,7 +120,7 @@ def get_config(arg: str = "") -> ConfigDict:
   # Trained weights: those that come with the package, or directories that
   # experiments.cmt exported.
   config.banks = ConfigDict({"cmt": "cmt", "mac": "mac", "mbc": "mbc"})
-  config.min_match = -1.0 if name == "paper" else 0.735  # see configs/cmt.py
+  config.min_match = None  # as configs/cmt.py; None: the weights' own
   config.finetune = _finetune()
   config.camels = _camels()
   config.retention = ConfigDict(
@@ -163,6 +163,7 @@ def _shrink(config: ConfigDict) -> None:
 def _enlarge(config: ConfigDict) -> None:
   """Llama-2-7B on StreamingQA; the papers' values."""
   config.model = "meta-llama/Llama-2-7b-hf"
+  config.min_match = -1.0
   config.base_dtype = "bfloat16"
   config.data.update(
     {

@@ -81,42 +81,55 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   check("export_dtype", config.export_dtype, tuple(cmt_files.DTYPES))
   base = cmt_setup.load_base(config)
   exp = Experiment(config, workdir, stop, base, stages, validation)
-  params, record = start(exp), {"steps": 0, "tokens": 0}
+  (params, limit), record = start(exp), {"steps": 0, "tokens": 0}
   record["parameters"] = cmt_params.num_parameters(params)
   if stages:
     trained = train(exp, params)
     if trained is None:
       return
     record |= trained.record | {"tokens": cmt_train.num_tokens(stages)}
-    params = export(exp, trained.state.params, record)
-  results = ask(exp, stream, params)
+    params, limit = export(exp, trained.state.params, record)
+  record["min_match"] = limit
+  results = ask(exp, stream, params, limit)
   if results is not None:
     write_results(exp, stream, results, record)
 
 
-def export(exp: Experiment, params: cmt.Params, record: dict) -> cmt.Params:
-  """Write what was trained; return it in the precision of the file."""
+def export(
+  exp: Experiment, params: cmt.Params, record: dict
+) -> tuple[cmt.Params, float]:
+  """Write what was trained; return it in the precision of the file, and the
+  match below which a question draws on nothing."""
   config, base = exp.config, exp.base
+  dtype = cmt_files.DTYPES[config.export_dtype]
+  params = jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+  limit = config.eval.min_match
+  if limit is None:
+    chooses = cmt_setup.retrieved(config)
+    limit = cmt_validation.calibrate(config, base, params) if chooses else -1.0
+    _log.info("min_match: %.3f, by people of its own", limit)
   place = config.export or str(exp.workdir / "memory")
   if jax.process_index() == 0:
-    saved = cmt_files.Saved(config.method, base.model.settings, base.name)
+    saved = cmt_files.Saved(
+      config.method, base.model.settings, base.name, limit
+    )
     cmt_files.save(
       place, saved, params, dtype=config.export_dtype, record=record
     )
-  dtype = cmt_files.DTYPES[config.export_dtype]
-  return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), params)
+  return params, limit
 
 
-def start(exp: Experiment) -> cmt.Params:
-  """Draw what is trained, or read it from another run."""
-  config, base = exp.config, exp.base
+def start(exp: Experiment) -> tuple[cmt.Params, float]:
+  """Draw what is trained, or read it from another run, with its min_match."""
+  config, base, limit = exp.config, exp.base, -1.0
   if config.start:
     place = cmt_files.find(config.start)
+    limit = cmt_files.describe(place).min_match
     params = cmt_files.load(place, base.model, base.weights, base.name)
   else:
     rng = cmt_setup.draw_key(config)
     params = cmt_params.init(base.model, base.weights, rng=rng, t5=base.t5)
-  return cmt_setup.shard(base, params)
+  return cmt_setup.shard(base, params), limit
 
 
 def train(exp: Experiment, params: cmt.Params) -> staged.Trained | None:
@@ -174,12 +187,12 @@ def probes(exp: Experiment, model: cmt.Model) -> list[loop.Event]:
 
 
 def ask(
-  exp: Experiment, stream: Stream, params: cmt.Params
+  exp: Experiment, stream: Stream, params: cmt.Params, limit: float
 ) -> dict[str, streams.Result] | None:
   """Fill a bank with the stream and ask it in every way; None when stopped."""
   config, base = exp.config, exp.base
   weights = cmt_learner.Weights(base.weights, params)
-  readings = cmt_setup.ladder(config, len(stream.documents))
+  readings = cmt_setup.ladder(config, len(stream.documents), calibrated=limit)
   learners = {
     name: cmt_learner.make_learner(
       name,

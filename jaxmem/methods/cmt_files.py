@@ -63,6 +63,9 @@ class Saved(NamedTuple):
   method: str
   settings: Settings
   base: str  # fingerprint of the language model's weights
+  # Match below which a question draws on nothing, found on a stream of its own
+  # (`cmt_validation.calibrate`); -1: none was looked for.
+  min_match: float = -1.0
 
 
 def save(
@@ -93,6 +96,7 @@ def save(
   described = {
     "method": saved.method,
     "base": saved.base,
+    "min_match": saved.min_match,
     "settings": dataclasses.asdict(saved.settings),
     "record": record or {},
   }
@@ -119,7 +123,8 @@ def describe(directory: str | pathlib.Path) -> Saved:
     found = json.loads(path.read_text())
     given = found["settings"]
     given["lora_targets"] = tuple(given["lora_targets"])
-    return Saved(found["method"], Settings(**given), found["base"])
+    limit = found.get("min_match", -1.0)
+    return Saved(found["method"], Settings(**given), found["base"], limit)
   except (json.JSONDecodeError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path} does not describe trained weights ({error!r}); export them again"

@@ -164,6 +164,17 @@ def retrieve(
   return retriever.Retrieved(values, index, values > -jnp.inf)
 
 
+def best_match(
+  model: cmt.Model, weights: Weights, state: bank.Bank, batch: QuestionBatch
+) -> jax.Array:
+  """Match each question with its best document: cosines [B]."""
+  question = cmt.compress(
+    model, weights.frozen, weights.params, batch.asked, question=True
+  )
+  queries = retriever.pooled(question, model.settings.match_pool)
+  return retriever.top_k(queries, state.key, state.valid, 1).values[:, 0]
+
+
 def _slots_of(state: bank.Bank, ids: jax.Array) -> retriever.Retrieved:
   """Find the slots of documents [B, R], one for each; -1 is none."""
   most = jnp.iinfo(jnp.int32).max

@@ -221,11 +221,14 @@ def _load_t5(config):
   return configs, tuple(weights), tuple(tokenizers)
 
 
-def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
+def make_reading(
+  config: ConfigDict, documents: int, *, calibrated: float = -1.0, **changes
+) -> Reading:
   """Build how a bank is filled and asked.
 
   Args:
     documents: of the stream, which all fit where no capacity is given.
+    calibrated: `min_match` where eval.min_match is None.
     changes: fields of `Reading` to set otherwise.
 
   Raises:
@@ -234,6 +237,14 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
   """
   asked, data = config.eval, config.data
   most = documents * data.max_pieces
+  limit = asked.min_match
+  if limit is None:
+    if data.source != "world" and retrieved(config) and not config.start:
+      raise ValueError(
+        f"eval.min_match is None, and data.source {data.source} has no facts "
+        "that the model knows to find it by: give a cosine, or -1"
+      )
+    limit = calibrated
   capacity = asked.capacity or most
   if capacity < most and asked.policy == "none":
     raise ValueError(
@@ -247,7 +258,7 @@ def make_reading(config: ConfigDict, documents: int, **changes) -> Reading:
     "decode": decoding(asked.decode, asked.max_new_tokens),
     "retrieved": min(retrieved(config), capacity),
     "score": asked.score,
-    "min_match": asked.min_match if retrieved(config) else -1.0,
+    "min_match": limit if retrieved(config) else -1.0,
     "dtype": asked.bank_dtype,
     "policy": asked.policy,
     "batch_size": asked.batch_size,
@@ -278,8 +289,13 @@ RUNGS = {
 }
 
 
-def ladder(config: ConfigDict, documents: int) -> dict[str, Reading]:
+def ladder(
+  config: ConfigDict, documents: int, *, calibrated: float = -1.0
+) -> dict[str, Reading]:
   """Name the ways in which one bank is asked, those of `eval.ladder`.
+
+  Args:
+    documents, calibrated: see `make_reading`.
 
   Raises:
     ValueError: an unknown one, or none.
@@ -290,14 +306,16 @@ def ladder(config: ConfigDict, documents: int) -> dict[str, Reading]:
   for name in config.eval.ladder:
     check("eval.ladder", name, tuple(RUNGS))
     if name == CONFIGURED:
-      out[name] = make_reading(config, documents)
+      out[name] = make_reading(config, documents, calibrated=calibrated)
       continue
     changes = {"score": "match"} | RUNGS[name]
     if changes["score"] != "match" or not changes["retrieved"]:
       changes["min_match"] = -1.0
     capacity = config.eval.capacity or documents * config.data.max_pieces
     changes["retrieved"] = min(changes["retrieved"], capacity)
-    out[name] = make_reading(config, documents, **changes)
+    out[name] = make_reading(
+      config, documents, calibrated=calibrated, **changes
+    )
   # One bank is asked in every way, so it has keys if one of them needs them.
   keyed = any(x.keyed for x in out.values())
   return {k: dataclasses.replace(x, keyed=keyed) for k, x in out.items()}

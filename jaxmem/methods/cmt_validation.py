@@ -5,12 +5,14 @@ decoded; its code: 16 tokens at most.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxmem.data import stream_sets, world_streams
@@ -23,6 +25,7 @@ from jaxmem.methods.remix import check
 from jaxmem.training.learners import compile_learner
 
 SCORES = ("f1", "em")
+KNOWN = 0.99  # of the questions on known facts are to draw on nothing
 
 
 def make_selection(
@@ -160,3 +163,50 @@ def make_score(
     return float(found.scores["all"][name])
 
   return score
+
+
+def calibrate(
+  config: ConfigDict, base: cmt_setup.Base, params: cmt.Params
+) -> float:
+  """Find the match below which a question draws on no document.
+
+  A stream of the world on people of its own is read; of the questions on facts
+  that the model knows itself, a share `KNOWN` matches its best document less
+  than this.
+  Source: our choice; the paper lets every question draw on some.
+  """
+  data = config.data
+  stream = world_streams.world_stream(
+    data.documents, facts=data.facts, questions=data.stream_questions,
+    changed=data.changed, conflicts=data.conflicts, held_out=0.0,
+    known=data.known, scaffold=data.scaffold, filler=data.filler,
+    hard=data.hard, part="tune", seed=data.seed,
+  )  # fmt: skip
+  weights = Weights(base.weights, params)
+  reading = cmt_setup.make_reading(
+    config, len(stream.documents), capacity=len(stream.documents)
+  )
+  learner = cmt_learner.make_learner(
+    "calibration", base.model, weights, reading, base.tokenizer,
+    asking=base.asking,
+  )  # fmt: skip
+  # What it drew on is the answer here, as a number for each question.
+  learner = learner._replace(
+    answer=functools.partial(
+      functools.partial(cmt_learner.best_match, base.model), weights
+    )
+  )
+  compiled = compile_learner(learner, base.mesh)
+  hooks = streams.Hooks(str)
+  done = streams.read(
+    compiled, compiled.init(cmt_setup.draw_key(config)), stream.documents, hooks
+  )
+  known = [q for q in stream.questions if q.document < 0]
+  found = []
+  for first in range(0, len(known), reading.batch_size):
+    part = known[first : first + reading.batch_size]
+    batch = compiled.encode_questions(part)
+    found += np.asarray(compiled.answer(done.state, batch))[
+      : len(part)
+    ].tolist()
+  return float(np.quantile(found, KNOWN))

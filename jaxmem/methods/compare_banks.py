@@ -46,11 +46,13 @@ def banked(
     params = cmt_files.load(directory, model, loaded.weights, base.name)
     # Room for the noise curve, which at most doubles the stream.
     capacity = bank.next_capacity(2 * len(stream.documents))
+    limit = config.min_match
+    limit = saved.min_match if limit is None else limit
     matched = method == CMT and changes.get("score", "match") == "match"
     matched = matched and changes.get("retrieved", RETRIEVED)
     given = {
       "capacity": capacity,
-      "min_match": config.min_match if matched else -1.0,
+      "min_match": limit if matched else -1.0,
       "decode": base.reader.decode,
       "retrieved": 0 if method in (MAC, MBC) else min(RETRIEVED, capacity),
       "batch_size": base.reader.batch_size,

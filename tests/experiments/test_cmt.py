@@ -39,6 +39,7 @@ TINY = {
   "train.save_steps": 2,
   "data.documents": 6,
   "data.known": 2,
+  "eval.min_match": -1.0,
   "eval.batch_size": 16,
   "eval.max_new_tokens": 2,
   "eval.ladder": "('top-16',)",
@@ -223,6 +224,10 @@ def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
     ({"start": "nowhere"}, "nowhere"),
     ({"memory.compressor": "t5"}, "give config.t5.documents"),
     ({"data.source": "none.json"}, "none.json"),
+    (
+      {"data.source": "none.json", "eval.min_match": None},
+      "none.json",
+    ),
     ({"data.source": "x.csv", "data.set": "trivia"}, "data.set is 'trivia'"),
   ],
 )

@@ -3,9 +3,16 @@
 import jax
 import jax.numpy as jnp
 
+from jaxmem import config as configs
 from jaxmem import models
 from jaxmem.data import memory_rows, world
-from jaxmem.methods import cmt, cmt_exam, cmt_files
+from jaxmem.methods import (
+  cmt,
+  cmt_exam,
+  cmt_files,
+  cmt_setup,
+  cmt_validation,
+)
 from jaxmem.models import huggingface
 from jaxmem.models.fingerprint import fingerprint
 
@@ -26,3 +33,14 @@ def test_answers_come_from_the_right_memory():
   assert found["own"] > 0.75 and found["recall/16"] > 0.95
   assert found["top/16"] > 0.6 * found["own"]
   assert found["shuffled"] < 0.1
+
+
+def test_the_match_that_tells_new_from_known_facts():
+  """Found anew on a smaller stream it is about what the file says."""
+  config = configs.load("configs/cmt.py:tiny")
+  configs.apply(config, {"data.documents": 64, "data.known": 64})
+  base = cmt_setup.load_base(config)
+  folder = cmt_files.find("cmt")
+  params = cmt_files.load(folder, base.model, base.weights, base.name)
+  found = cmt_validation.calibrate(config, base, params)
+  assert abs(found - cmt_files.describe(folder).min_match) < 0.1
