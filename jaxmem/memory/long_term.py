@@ -155,7 +155,7 @@ def add(
   *,
   passed: jax.Array | int,
   schedule: Schedule,
-  live: Bool[Array, ""] | None = None,
+  live: Bool[Array, "*rows"] | None = None,
 ) -> Store:
   """Take in the rows that a write dropped, and flush when it is time.
 
@@ -166,7 +166,8 @@ def add(
     rows: pytree of [L, W, ...].
     age: of these rows, after the write.
     passed: rows that were written, by which all others grow older.
-    live: False leaves the store as it is; None is True.
+    live: rows that arrive, the first ones, or one value for all; with none the
+      store stays as it is. None: all.
 
   Raises:
     ValueError: more rows than slots, or rows of another shape.
@@ -180,14 +181,15 @@ def add(
     )
   arrived = jnp.int32(width)
   if live is not None:
-    passed, arrived = jnp.where(live, passed, 0), jnp.where(live, width, 0)
+    live = jnp.broadcast_to(live, (width,))
+    passed, arrived = jnp.where(live.any(), passed, 0), live.sum()
   slots = slots._replace(age=jnp.where(slots.valid, slots.age + passed, 0))
   first = jnp.where(slots.valid, -slots.order, _NONE)
   _, index = jax.lax.top_k(first, width)
   order = store.arrivals + jnp.arange(width, dtype=jnp.int32)
-  lost = jnp.take_along_axis(slots.valid, index, axis=1).sum(dtype=jnp.int32)
+  lost = jnp.take_along_axis(slots.valid, index, axis=1)
   if live is not None:  # behind the last slot, where nothing is put
-    index, lost = jnp.where(live, index, _NONE), jnp.where(live, lost, 0)
+    index, lost = jnp.where(live[None], index, _NONE), lost & live[None]
   every = jnp.ones(age.shape, bool)
   given = Slots(
     rows,
@@ -216,9 +218,9 @@ def add(
   )
   return Store(
     slots,
-    store.arrivals + arrived,
+    (store.arrivals + arrived).astype(jnp.int32),
     jnp.where(due, 0, pending).astype(jnp.int32),
-    store.lost + lost,
+    store.lost + lost.sum(dtype=jnp.int32),
   )
 
 

@@ -23,6 +23,9 @@ from jaxtyping import Array, Int
 AGES = (
   "corrected",  # rows written since
   "released",  # as in M+'s published inference code, where it stands still
+  # As in its training code: that of `corrected` while a write is of one chunk;
+  # of several, see `methods/mplus_commit.py`.
+  "trained",
 )
 
 
@@ -180,7 +183,7 @@ def write(
     age = jnp.arange(width - 1, -1, -1, dtype=jnp.int32)
     age = jnp.broadcast_to(age, (layers, width))
   old = pool.age
-  if ages == "corrected":
+  if ages != "released":
     old = old + 1 + age.max(axis=1, keepdims=True)
   pair, dropped = replace((pool.rows, old), (new, age), order)
   pool = Pool(*pair, pool.writes + 1, pool.rng)

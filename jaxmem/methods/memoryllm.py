@@ -16,7 +16,7 @@ rows written at once, D width, R rows retrieved.
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +40,7 @@ class Settings:
   tokens: int  # K, rows written for a chunk
   blocks: int  # of K rows: those of the pool, and those retrieved
   long_blocks: int = 0  # of K rows retrieved; 0: no long-term store
-  key_width: int = 0  # E, of the retriever
+  key_width: int = 0  # E, of the retriever; it may be trained before a store
   projector_layers: int = 2
   flush_every: int = 60  # writes
   first_frequency: float | int = 10
@@ -103,6 +103,7 @@ class Model(NamedTuple):
   settings: Settings
   dtype: Any = None  # of the stream; None: its weights'
   remat: bool = False  # of the layers
+  constrain: Callable | None = None  # of training, see parallel.make_constrain
 
 
 class Params(NamedTuple):
@@ -139,6 +140,9 @@ def encode(
   newest: Float[Array, "L *B K D"],
   ids: Int[Array, "B T"],
   valid: Bool[Array, "B T"] | None = None,
+  *,
+  rng: jax.Array | None = None,
+  dropout: float | int = 0.0,
 ) -> Float[Array, "L B K D"]:
   """Write texts: return the new rows of every layer.
 
@@ -152,6 +156,7 @@ def encode(
     ids: chunks; bring them to few lengths, for each is compiled.
     valid: False on padding, which stands on the left; None: there is none. A
       text without tokens gives rows that mean nothing.
+    rng, dropout: of adapters' inputs, in training.
 
   Raises:
     ValueError: no tokens, or rows of another number or width.
@@ -174,7 +179,7 @@ def encode(
   rows = decoder.layout(config, position[:, 1 + k :], inside[:, 1 + k :])
 
   def body(h, per_layer):
-    layer, adapters, bos, old = per_layer
+    index, layer, adapters, bos, old = per_layer
     before = jnp.concatenate(
       [
         jnp.broadcast_to(bos.astype(h.dtype), (b, 1, h.shape[-1])),
@@ -197,11 +202,15 @@ def encode(
         valid=inside[:, : 1 + k],
       ),
       adapters=adapters,
+      constrain=model.constrain,
+      rng=None if rng is None else jax.random.fold_in(rng, index),
+      adapter_dropout=dropout,
     ).x
     return out, out[:, -k:]
 
   h = decoder.embed(config, frozen, ids, dtype=model.dtype)
-  stacked = (frozen["layers"], params.write, params.bos, newest)
+  index = jnp.arange(config.num_layers, dtype=jnp.int32)
+  stacked = (index, frozen["layers"], params.write, params.bos, newest)
   return decoder.run_layers(body, h, stacked, remat=model.remat)[1]
 
 

@@ -42,7 +42,7 @@ def init(model: Model, frozen: Any, lora: Lora, *, rng: jax.Array) -> Params:
   write = adapters(keys[0])
   bos = frozen["embed_tokens"]["embedding"][config.bos_token_id]
   projectors = None
-  if settings.long_blocks:
+  if settings.key_width:
     projectors = {
       name: _projector(model, key)
       for name, key in zip(PROJECTORS, keys[2:], strict=True)

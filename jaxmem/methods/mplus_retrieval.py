@@ -27,20 +27,22 @@ from jaxmem.models.config import ModelConfig
 class Layer(NamedTuple):
   """What retrieval needs in one layer; stacked over layers when passed."""
 
-  slots: long_term.Slots  # with B in front where each text has its own memory
+  # With B in front where each text has its own memory; None: only `rate`.
+  slots: long_term.Slots | None
   query: dict[str, jax.Array]  # projector
-  asked: jax.Array | None = None  # [T] or [B, T], tokens that count; None: all
+  asked: jax.Array | None = None  # [*B, T] bool, tokens that count; None: all
   relevance: Any = None  # `Relevance`, where that is asked for
+  reads: jax.Array | None = None  # [B] bool, texts that see what is found
 
 
 class Relevance(NamedTuple):
   """What rates the pool's rows in one layer; see `rate`."""
 
-  hidden: jax.Array  # [N, D], rows of the pool
+  hidden: jax.Array  # [*B, N, D], rows of the pool
   norm: dict[str, jax.Array]  # weights of the layer's first norm
   key: dict[str, jax.Array]  # projectors
   encoder_query: dict[str, jax.Array]
-  asked: jax.Array  # [T] or [B, T] bool, tokens that count
+  asked: jax.Array  # [*B, T] bool, tokens that count
   asking: jax.Array  # [N] bool, rows that ask about the others
 
 
@@ -48,13 +50,13 @@ class Rated(NamedTuple):
   """How much the pool's rows matter, by the retriever."""
 
   weights: jax.Array  # [B, N] float32 in [0, 1], to the text
-  encoder_weights: jax.Array  # [N], to the rows that ask
+  encoder_weights: jax.Array  # [*B, N], to the rows that ask
 
 
 class Retrieved(NamedTuple):
   """What a layer's retrieval did; stacked over layers in `aux`."""
 
-  found: long_term.Found  # leaves [B, R], scores [B, C]
+  found: long_term.Found | None  # leaves [B, R], scores [B, C]
   rated: Rated | None
 
 
@@ -73,8 +75,12 @@ def retrieval(config: ModelConfig, settings: Settings) -> Callable:
     rated = None
     if layer.relevance is not None:
       rated = rate(config, layer.query, layer.relevance, normed, asked)
+    if layer.slots is None:
+      place = jnp.zeros((len(normed), 0), jnp.int32)
+      before = decoder.Prefix(hidden=normed[:, :0], positions=place)
+      return before, Retrieved(None, rated)
     if layer.asked is not None:
-      asked = asked & _rows(layer.asked)
+      asked = asked & jnp.broadcast_to(layer.asked, asked.shape)
     queries = project(layer.query, normed)
 
     def one(slots, queries, asked):
@@ -89,12 +95,15 @@ def retrieval(config: ModelConfig, settings: Settings) -> Callable:
       )
     )
     place = jnp.arange(1, 1 + number, dtype=jnp.int32)
+    seen = found.valid
+    if layer.reads is not None:
+      seen = seen & layer.reads[:, None]
     before = decoder.Prefix(
       hidden=None if rows.key is not None else rows.hidden,
       key=rows.key,
       value=rows.value,
       positions=jnp.broadcast_to(place, found.index.shape),
-      valid=found.valid,
+      valid=seen,
     )
     return before, Retrieved(found, rated)
 
@@ -117,17 +126,17 @@ def rate(
   rows = decoder.norm(config, relevance.norm, hidden)
   rows = jax.lax.stop_gradient(rows)
   keys = project(relevance.key, rows)
-  asked = valid & _rows(relevance.asked)
-  weights = jax.vmap(functools.partial(long_term.match, keys))(
-    project(query, normed), asked
-  )
   asking = project(relevance.encoder_query, rows)
-  return Rated(weights, long_term.match(keys, asking, relevance.asking))
-
-
-def _rows(asked):
-  """One mask for all texts, or one for each, as [B or 1, T]."""
-  return asked if asked.ndim == 2 else asked[None]
+  asked = valid & jnp.broadcast_to(relevance.asked, valid.shape)
+  queries = project(query, normed)
+  if hidden.ndim == 2:
+    weights = jax.vmap(functools.partial(long_term.match, keys))(queries, asked)
+    return Rated(weights, long_term.match(keys, asking, relevance.asking))
+  among = jax.vmap(long_term.match, in_axes=(0, 0, None))
+  return Rated(
+    jax.vmap(long_term.match)(keys, queries, asked),
+    among(keys, asking, relevance.asking),
+  )
 
 
 def project(

@@ -164,21 +164,29 @@ def commit(
 def _keep(model, frozen, params, store, gone, age, passed, live=None):
   """Put dropped rows into the store, with their retrieval keys."""
 
-  def keys(norm, projector, hidden):
-    return project(projector, decoder.norm(model.config, norm, hidden))
-
-  made = jax.vmap(keys)(
-    frozen["layers"]["input_layernorm"], params.projectors["key"], gone.hidden
-  )
   return long_term.add(
     store,
     gone,
-    made.astype(jnp.float32),
+    retrieval_keys(model, frozen, params, gone.hidden),
     age,
     passed=passed,
     schedule=model.settings.schedule,
     live=live,
   )
+
+
+def retrieval_keys(
+  model: Model, frozen: Any, params: Params, hidden: Float[Array, "L W D"]
+) -> Float[Array, "L W E"]:
+  """Make the keys by which rows of all layers are found, float32."""
+
+  def keys(norm, projector, hidden):
+    return project(projector, decoder.norm(model.config, norm, hidden))
+
+  made = jax.vmap(keys)(
+    frozen["layers"]["input_layernorm"], params.projectors["key"], hidden
+  )
+  return made.astype(jnp.float32)
 
 
 def _with_key_value(model, frozen, params, hidden):
