@@ -6,7 +6,7 @@ long documents is not sharded; ours is a pure function of the step.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -82,7 +82,7 @@ def cut(
 
 
 def split(
-  ids: Sequence[int], splitting: Splitting, *, rng: np.random.Generator
+  ids: Int[np.ndarray, "n"], splitting: Splitting, *, rng: np.random.Generator
 ) -> tuple[list[np.ndarray], np.ndarray] | None:
   """Cut a document into contexts and the sentence that follows them.
 
@@ -94,7 +94,6 @@ def split(
 
   Returns: (contexts, sentence), or None for a document of one chunk.
   """
-  ids = np.asarray(ids, np.int32)
   short, most = splitting.shortest, splitting.sentence
   if len(ids) < most:
     parts = cut(len(ids), short, splitting.longest, rng=rng)
@@ -111,7 +110,7 @@ def split(
 
 
 def sample(
-  ids: Sequence[int],
+  ids: Int[np.ndarray, "n"],
   splitting: Splitting,
   *,
   most: int | None = None,
@@ -153,7 +152,7 @@ def sample(
 
 
 def stream(
-  documents: Sequence[Sequence[int]],
+  documents: Sequence[Any],
   splitting: Splitting,
   rows: int,
   *,
@@ -202,7 +201,7 @@ def stream(
     def row(number):
       rng = np.random.default_rng((seed, int(step), int(number)))
       for _ in range(_DRAWS):
-        ids = documents[int(rng.integers(len(documents)))]
+        ids = np.asarray(documents[int(rng.integers(len(documents)))])
         found = sample(ids, splitting, most=most, rng=rng)
         if found is not None:
           return found
