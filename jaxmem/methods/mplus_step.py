@@ -302,7 +302,7 @@ def _layer(frozen, params, store, rows, plan, drops, settings):
   )
 
 
-def without_key(state: State) -> tuple[State, jax.Array]:
+def without_key(state: State) -> tuple[State, Any]:
   """Take a state's random key out of it: (state, key)."""
   pool = state.pool
   return state._replace(pool=pool._replace(rng=())), pool.rng

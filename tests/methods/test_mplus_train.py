@@ -19,7 +19,7 @@ from jaxmem.methods import (
   mplus_state,
   mplus_step,
 )
-from jaxmem.methods.memoryllm import Settings
+from jaxmem.methods.memoryllm import Rows, Settings
 from jaxmem.methods.mplus_plan import Coins, Rules
 from jaxmem.models import decoder
 from jaxmem.training import parallel
@@ -212,14 +212,14 @@ def test_no_row_is_lost():
       np.testing.assert_array_equal(before.pool.age, state.pool.age)
 
 
+@functools.cache
 def _memories(model):
-  hidden = jnp.stack([remembering.hidden(seed, model) for seed in range(B)])
-  states = jax.vmap(
-    lambda rows, rng: mplus_state.start(
-      model, *remembering.weights(model), rows, rng=rng, capacity=48,
-      keep_key_value=False,
-    )
-  )(hidden, jax.random.split(jax.random.key(2), B))  # fmt: skip
+  """Memories of random rows."""
+  one = remembering.start(model, capacity=48, keep_key_value=False)
+  states = mplus_state.fork(one, B, rng=jax.random.key(2))
+  hidden = [remembering.hidden(seed, model) for seed in range(B)]
+  rows = Rows(jnp.asarray(np.stack(hidden)))
+  states = states._replace(pool=states.pool._replace(rows=rows))
   return mplus_step.start(states, T)
 
 
@@ -286,8 +286,9 @@ def test_errors():
   kept = mplus_state.fork(remembering.start(SHORT), 2, rng=jax.random.key(0))
   with pytest.raises(ValueError, match="keep_key_value=False"):
     mplus_step.start(kept, T)
-  loss = make_train_step(mplus_loss.make_loss(MPLUS, RULES), None)
+  tx = mplus_params.make_optimizer(1e-3)
+  loss = make_train_step(mplus_loss.make_loss(MPLUS, RULES), tx)
   few = jax.tree.map(lambda leaf: leaf[:4], _batch(0))
-  state = init_state(params, mplus_params.make_optimizer(1e-3), memories)
+  state = init_state(params, tx, memories)
   with pytest.raises(ValueError, match="4 rows on 8 memories"):
     jax.eval_shape(loss, state, frozen, few, jax.random.key(0))
