@@ -180,14 +180,9 @@ def encode(
 
   def body(h, per_layer):
     index, layer, adapters, bos, old = per_layer
-    before = jnp.concatenate(
-      [
-        jnp.broadcast_to(bos.astype(h.dtype), (b, 1, h.shape[-1])),
-        jnp.broadcast_to(old.astype(h.dtype), (b, *old.shape[-2:])),
-      ],
-      axis=1,
-    )
-    before = jnp.take_along_axis(before, source, axis=1)
+    parts = (x.astype(h.dtype) for x in (bos[None], old))
+    parts = [jnp.broadcast_to(x, (b, *x.shape[-2:])) for x in parts]
+    before = jnp.take_along_axis(jnp.concatenate(parts, axis=1), source, axis=1)
     text = jnp.pad(h, ((0, 0), (1 + k, 0), (0, 0)))
     x = jnp.where((place > k)[..., None], text, before)
     x = _mark(params, x, k)

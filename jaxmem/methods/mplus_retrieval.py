@@ -76,8 +76,11 @@ def retrieval(config: ModelConfig, settings: Settings) -> Callable:
     if layer.relevance is not None:
       rated = rate(config, layer.query, layer.relevance, normed, asked)
     if layer.slots is None:
-      place = jnp.zeros((len(normed), 0), jnp.int32)
-      before = decoder.Prefix(hidden=normed[:, :0], positions=place)
+      # The decoder wants a row; this one is not seen.
+      place = jnp.zeros((len(normed), 1), jnp.int32)
+      before = decoder.Prefix(
+        hidden=normed[:, :1], positions=place, valid=place > 0
+      )
       return before, Retrieved(None, rated)
     if layer.asked is not None:
       asked = asked & jnp.broadcast_to(layer.asked, asked.shape)

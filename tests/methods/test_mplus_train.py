@@ -24,7 +24,7 @@ from jaxmem.methods.mplus_plan import Coins, Rules
 from jaxmem.models import decoder
 from jaxmem.training import parallel
 from jaxmem.training.step import init_state, make_train_step
-from tests.methods import remembering
+from tests.methods import remembering, small
 from tests.methods.remembering import MPLUS, SHORT, K
 
 C, S, T, B = 2, 5, 8, 8
@@ -292,3 +292,51 @@ def test_errors():
   state = init_state(params, tx, memories)
   with pytest.raises(ValueError, match="4 rows on 8 memories"):
     jax.eval_shape(loss, state, frozen, few, jax.random.key(0))
+
+
+def test_stages_before_the_long_term_store():
+  """A retriever without a store; new rows that learn through the pool."""
+  settings = dataclasses.replace(SHORT.settings, key_width=4)
+  model, frozen = SHORT._replace(settings=settings), small.params()
+  params = mplus_params.init(
+    model, frozen, remembering.LORA, rng=jax.random.key(0)
+  )
+  rules = Rules(plain=0, pool=1, revisit=0, through_pool=True)
+  memories, batch = _memories(SHORT), jax.tree.map(jnp.asarray, _batch(0))
+
+  def loss(params):
+    rng = jax.random.split(jax.random.key(4), B)
+    plan, drops = mplus_step.draw(model, rules, memories, batch, rng=rng)
+    after, out = mplus_step.run(
+      model, rules, frozen, params, memories, plan, drops, batch.back
+    )
+    total, count, metrics = mplus_loss.score(model, frozen, plan, out)
+    return total, (after, out, plan, drops, count, metrics)
+
+  (total, aux), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+  after, out, plan, drops, count, metrics = aux
+  assert jnp.isfinite(total) and count == B and out.aux.found is None
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+  for tree in (grads.projectors, grads.bos, grads.new_row, grads.read):
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(tree))
+  # B of the adapter of writing starts at zero, so A has no gradient yet.
+  assert np.any(grads.write["self_attn"]["q_proj"]["lora_B"])
+  # Of two contexts half of the first's rows stay, of a pool of two blocks; a
+  # text about the document before has none.
+  new = np.minimum(np.asarray(plan.count) * K, K + K // 2)
+  np.testing.assert_array_equal(out.newest.sum(axis=2)[:, 0], new)
+  own = np.asarray(out.own).sum(axis=(1, 2))
+  assert not own[np.asarray(batch.back) > 0].any()
+  assert metrics["encoder"][1] == (new > 0).sum()
+  assert metrics["retriever"][1] == B
+  assert (np.asarray(after.documents) == (new > 0)).all()
+  # Without a retriever the same step, and dropout of adapters' inputs.
+  _, out = jax.eval_shape(
+    lambda params, drops: mplus_step.run(
+      SHORT, Rules(dropout=0.1), frozen, params, memories, plan, drops,
+      batch.back, rng=jax.random.key(0),
+    ),
+    remembering.weights(SHORT)[1],
+    drops,
+  )  # fmt: skip
+  assert out.aux is None and out.hidden.shape[:2] == (B, T)
