@@ -6,9 +6,10 @@ for the modes, which differ from row to row. All rows are read in one pass:
 "alone" is a mask over the memory, and the write adapter in place of the read
 one.
 
-Source: M+ (arXiv 2502.00592) and its published training code. Departure: what
+Source: M+ (arXiv 2502.00592) and its published training code. Departures: what
 a read without a store skips of the pool is what the write then drops (there,
-another draw of the same kind).
+another draw of the same kind); a row that writes nothing costs as much as one
+that does, for rows share their programs.
 
 Axes as in `methods/memoryllm.py`; B rows and memories, C contexts, W = C K.
 """
@@ -56,6 +57,9 @@ def start(states: State, tokens: int) -> Memories:
   """Begin training on B memories, of `mplus_state.start` and `fork`.
 
   Args:
+    states: their stores need room for every + (C - 1) K rows between flushes:
+      `long_term.capacity_for` of a schedule with that `every`, and at least
+      C K. Else rows are lost before their time, and counted.
     tokens: T, that a sentence has room for.
 
   Raises:
