@@ -87,6 +87,18 @@ def _camels() -> ConfigDict:
   )
 
 
+def _prompt() -> ConfigDict:
+  return ConfigDict(
+    {
+      "top_k": 4,  # documents that bm25 shows
+      "window": 80,  # tokens; the rows that the small memories are read by
+      # Of a prompt; 0: what the model's positions leave. The embedded models
+      # have seen rows of 208 tokens.
+      "max_tokens": 204,
+    }
+  )
+
+
 def get_config(arg: str = "") -> ConfigDict:
   """Return the config; `arg` is one of NAMES."""
   name = arg or "tiny"
@@ -109,18 +121,13 @@ def get_config(arg: str = "") -> ConfigDict:
       "batch_size": 64,  # documents or questions at once
     }
   )
-  config.prompt = ConfigDict(
-    {
-      "top_k": 4,  # documents that bm25 shows
-      # Of a prompt; 0: what the model's positions leave. The embedded models
-      # have seen rows of 208 tokens.
-      "max_tokens": 204,
-    }
-  )
+  config.prompt = _prompt()
   # Trained weights: those that come with the package, or directories that
   # experiments.cmt exported.
   config.banks = ConfigDict({"cmt": "cmt", "mac": "mac", "mbc": "mbc"})
   config.min_match = None  # as configs/cmt.py; None: the weights' own
+  # Checkpoints in the released format: directories, or hub ids.
+  config.memories = ConfigDict({"memoryllm": "", "mplus": ""})
   config.finetune = _finetune()
   config.camels = _camels()
   config.retention = ConfigDict(
@@ -172,7 +179,7 @@ def _enlarge(config: ConfigDict) -> None:
     }
   )  # fmt: skip
   config.ask.update({"decode": "beam3", "max_new_tokens": 16})
-  config.prompt.max_tokens = 0
+  config.prompt.update({"max_tokens": 0, "window": 12_800})
   config.finetune.update(
     {
       "rates": (6.5e-6, 2.5e-5), "finder": "spacy", "remat": True,

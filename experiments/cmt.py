@@ -48,8 +48,8 @@ from jaxmem.methods import (
   staged,
 )
 from jaxmem.methods.chain import settings_key
-from jaxmem.methods.prompt_learners import search
 from jaxmem.methods.remix import check
+from jaxmem.methods.text_search import search
 from jaxmem.training import loop, parallel
 
 RESULT_FILE, TABLE_FILE, LADDER_FILE, CORRECT_FILE = (

@@ -9,14 +9,17 @@ way (`evaluation/streams.py`). Then come the curves (`stream_curves.py`): what
 is kept of the first documents while reading goes on, with more and more noise,
 and with more and more documents in memory.
 
-Learners: closed_book (reads nothing); gold, in_context, bm25, bm25_1 (raw text
-in the prompt: upper bounds, `methods/prompt_learners.py`); uniform, salient,
-tfidf (one step of all weights on each document, at a rate tuned on another
-stream, `methods/finetune_learners.py`); camels (the same, its tokens weighed by
-a network that is trained before, `methods/camels.py`); cmt, mac, mbc (a bank,
-with the trained weights of `config.banks`, `methods/cmt_learner.py`), and other
-ways to ask it: cmt_4 and cmt_all (the best 4, all), _own (the question's
-document), cmt_random, cmt_shuffled (another document).
+Learners: closed_book (reads nothing); gold, in_context, window, bm25, bm25_1
+(raw text in the prompt: upper bounds, `methods/prompt_learners.py`); uniform,
+salient, tfidf (one step of all weights on each document, at a rate tuned on
+another stream, `methods/finetune_learners.py`); camels (the same, its tokens
+weighed by a network that is trained before, `methods/camels.py`); cmt, mac, mbc
+(a bank, with the trained weights of `config.banks`, `methods/cmt_learner.py`),
+and other ways to ask it: cmt_4 and cmt_all (the best 4, all), _own (the
+question's document), cmt_random, cmt_shuffled (another document); memoryllm,
+mplus (a pool of rows in every layer, with the checkpoints of `config.memories`,
+`methods/mplus_learner.py`), and mplus_own, mplus_random (of the long-term store
+the rows of the question's document first, or any).
 
 Writes for each learner LEARNER.json in results/, retention/, noise/ and sizes/
 as soon as it is done: a restart, or a run with more learners, goes on there.
@@ -39,6 +42,7 @@ from jaxmem.evaluation import stream_curves, stream_report, streams
 from jaxmem.methods import cmt_streams, compare_camels, prompt_learners
 from jaxmem.methods import compare_setup as setup
 from jaxmem.methods.compare_banks import banked
+from jaxmem.methods.compare_memories import remembered
 from jaxmem.methods.compare_setup import Base, Made
 
 RESULT_FILE, REPORT_FILE = "result.json", "report.md"
@@ -56,6 +60,9 @@ LEARNERS: dict[str, Callable[[ConfigDict, Base, Stream], Made | None]] = {
   ),
   "in_context": lambda config, base, stream: Made(
     prompt_learners.whole_stream(base.reader), offline_tokens=0
+  ),
+  "window": lambda config, base, stream: Made(
+    prompt_learners.window(base.reader, config.prompt.window), offline_tokens=0
   ),
   "bm25": lambda config, base, stream: Made(
     prompt_learners.bm25(base.reader, config.prompt.top_k), offline_tokens=0
@@ -77,6 +84,10 @@ LEARNERS: dict[str, Callable[[ConfigDict, Base, Stream], Made | None]] = {
   "mac_own": banked("mac_own", "mac", retrieved=1, score="oracle"),
   "mbc": banked("mbc", "mbc"),
   "mbc_own": banked("mbc_own", "mbc", retrieved=1, score="oracle"),
+  "memoryllm": remembered("memoryllm", "memoryllm"),
+  "mplus": remembered("mplus", "mplus"),
+  "mplus_own": remembered("mplus_own", "mplus", retrieval="oracle"),
+  "mplus_random": remembered("mplus_random", "mplus", retrieval="random"),
 }
 
 

@@ -24,7 +24,13 @@ from jax.sharding import Mesh
 
 from jaxmem.memory import memory as memory_files
 from jaxmem.memory.memory import Memory
-from jaxmem.methods import memoryllm, mplus, mplus_files, mplus_state
+from jaxmem.methods import (
+  memoryllm,
+  mplus,
+  mplus_chunks,
+  mplus_files,
+  mplus_state,
+)
 from jaxmem.models import decoder, fingerprint, generate, huggingface
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import parallel
@@ -112,23 +118,15 @@ class MemoryModel:
         none.
     """
     texts, at = self._check(memory, texts, at)
-    queues: dict[int, list[Any]] = {}
+    state = memory.arrays
+    queues: list[list[Any]] = [[] for _ in range(len(state.pool.writes))]
     for text, number in zip(texts, at, strict=True):
       ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
       if not ids:
         raise ValueError(f"the text {text!r} has no tokens; leave it out")
-      chunks = memoryllm.chunks(self.loaded.model.settings, ids)
-      queues.setdefault(number, []).extend(chunks)
-    state = memory.arrays
-    count = len(state.pool.writes)
-    for step in range(max(map(len, queues.values()), default=0)):
-      due = {n: queue[step] for n, queue in queues.items() if step < len(queue)}
-      room = max(len(ids) for ids, _ in due.values())
-      ids, valid = np.zeros((2, count, room), np.int32)
-      for number, (own, mask) in due.items():
-        ids[number, room - len(own) :] = own
-        valid[number, room - len(own) :] = mask
-      state = self._programs.write(*self._weights, state, ids, valid != 0)
+      queues[number] += memoryllm.chunks(self.loaded.model.settings, ids)
+    for ids, valid in mplus_chunks.side_by_side(queues):
+      state = self._programs.write(*self._weights, state, ids, valid)
     return self._hold(state)
 
   def answer(

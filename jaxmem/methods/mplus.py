@@ -85,6 +85,7 @@ def context(
   state: State,
   *,
   asked: Bool[Array, "L *B T"] | None = None,
+  bias: Float[Array, "L *B C"] | None = None,
   rate: tuple[jax.Array, jax.Array] | None = None,
 ) -> Context:
   """Make of a memory what the decoder takes, to read or to generate behind it.
@@ -100,6 +101,7 @@ def context(
   Args:
     state: one memory, shared by all texts, or one for each, B in front.
     asked: tokens that retrieval asks with, by layer; None: all valid ones.
+    bias: added to the scores of the store's slots, see `mplus_retrieval.Layer`.
     rate: (tokens that count, as `asked`; pool rows that ask [L, N]): also rate
       the pool's rows, as training does; of one shared memory.
 
@@ -129,7 +131,7 @@ def context(
       params.projectors["encoder_query"],
       *rate,
     )
-  layer = Layer(slots, params.projectors["query"], asked, relevance)
+  layer = Layer(slots, params.projectors["query"], asked, relevance, bias)
   return Context(before, retrieval(model.config, settings), layer, params.read)
 
 
@@ -170,8 +172,15 @@ def answer(
   settings: generate.GenerateSettings,
   *,
   rng: jax.Array | None = None,
+  bias: Float[Array, "L *B C"] | None = None,
+  keep_aux: bool = False,
 ) -> generate.Generated:
-  """Generate behind a memory; arguments as in `generate.generate`."""
+  """Generate behind a memory; arguments as in `generate.generate`.
+
+  Args:
+    bias: see `context`.
+    keep_aux: also return `mplus_retrieval.Retrieved`, stacked over layers.
+  """
   return generate.generate(
     model.config,
     frozen,
@@ -181,7 +190,8 @@ def answer(
     rng=rng,
     start=model.settings.start,
     dtype=model.dtype,
-    **context(model, frozen, params, state)._asdict(),
+    keep_aux=keep_aux,
+    **context(model, frozen, params, state, bias=bias)._asdict(),
   )
 
 

@@ -33,6 +33,9 @@ class Layer(NamedTuple):
   asked: jax.Array | None = None  # [*B, T] bool, tokens that count; None: all
   relevance: Any = None  # `Relevance`, where that is asked for
   reads: jax.Array | None = None  # [B] bool, texts that see what is found
+  # [C] or [B, C] float32, added to the scores, which are in [0, 1]: for
+  # choices other than the retriever's, as controls
+  bias: jax.Array | None = None
 
 
 class Relevance(NamedTuple):
@@ -86,16 +89,18 @@ def retrieval(config: ModelConfig, settings: Settings) -> Callable:
       asked = asked & jnp.broadcast_to(layer.asked, asked.shape)
     queries = project(layer.query, normed)
 
-    def one(slots, queries, asked):
+    def one(slots, queries, asked, bias):
       scores = long_term.score(slots, queries, asked)
+      scores = scores if bias is None else scores + bias
       found = long_term.retrieve(slots, scores, number)
       return found, jax.tree.map(lambda leaf: leaf[found.index], slots.rows)
 
-    shared = layer.slots.age.ndim == 1
+    def axis(leaf):
+      return None if leaf is None or leaf.ndim == 1 else 0
+
+    axes = (axis(layer.slots.age), 0, 0, axis(layer.bias))
     found, rows = jax.lax.stop_gradient(
-      jax.vmap(one, in_axes=(None if shared else 0, 0, 0))(
-        layer.slots, queries, asked
-      )
+      jax.vmap(one, in_axes=axes)(layer.slots, queries, asked, layer.bias)
     )
     place = jnp.arange(1, 1 + number, dtype=jnp.int32)
     seen = found.valid

@@ -5,15 +5,14 @@ and put some of it before the question, the question's own document, the newest
 that fit, or what BM25 finds: they are upper bounds, since a memory method has
 let go of the text.
 
-Source: MAC (arXiv 2403.04317) section 4, table 2 and its code's decoding;
-BM25's weights are those of Lucene (bm25s). Prompts of the embedded models are
-our choice: chat turns, documents before the question, a line each.
+Source: MAC (arXiv 2403.04317) section 4, table 2 and its code's decoding.
+Prompts of the embedded models are our choice: chat turns, documents before the
+question, a line each.
 """
 
 import dataclasses
 import functools
 import logging
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,14 +25,13 @@ from jaxmem.data.formats import chat_prompt
 from jaxmem.data.records import Message
 from jaxmem.data.streams import Document, Question
 from jaxmem.evaluation.streams import Answers, Cost, Learner
-from jaxmem.methods import base, bench
+from jaxmem.methods import base, bench, text_search
 from jaxmem.models import generate
 from jaxmem.models.fingerprint import to_host
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import parallel
 
 _log = logging.getLogger(__name__)
-_WORD = re.compile(r"\w+")
 
 
 def decoding(name: str, max_new_tokens: int = 16) -> GenerateSettings:
@@ -326,9 +324,35 @@ def whole_stream(reader: Reader, *, name: str = "in_context") -> Learner:
   return _learner(name, reader, choose, width=1)
 
 
-def words(text: str) -> list[str]:
-  """Split a text into what BM25 compares: lower-cased words."""
-  return _WORD.findall(text.lower())
+def window(reader: Reader, tokens: int, *, name: str = "window") -> Learner:
+  """Make the learner that is shown the last tokens of all that was read.
+
+  The text of a memory that keeps whatever comes last: a document at the
+  window's edge keeps its own last tokens.
+
+  Args:
+    tokens: of documents in a prompt; a document's line break does not count.
+
+  Raises:
+    ValueError: tokens below 1, or, when asked, no room for them in a prompt.
+  """
+  if tokens < 1:
+    raise ValueError(f"window: tokens is {tokens}; at least 1")
+  tokenizer = reader.loaded.tokenizer
+
+  def choose(shelf, question):
+    del question
+    left, shown = tokens, []
+    for document in shelf.documents[::-1]:
+      if not left:
+        break
+      size = min(len(token_spans(tokenizer, document.text)), left)
+      text = last_tokens(tokenizer, document.text, left)
+      shown.append(dataclasses.replace(document, text=text))
+      left -= size
+    return shown[::-1], shown
+
+  return _learner(name, reader, choose, width=1)
 
 
 def bm25(reader: Reader, top_k: int, *, name: str = "bm25") -> Learner:
@@ -344,52 +368,11 @@ def bm25(reader: Reader, top_k: int, *, name: str = "bm25") -> Learner:
     raise ValueError(f"bm25: top_k is {top_k}; at least 1")
 
   def choose(shelf, question):
-    found = _search(shelf.index, words(question.text), top_k)
+    found = text_search.find(shelf.index, question.text, top_k)
     shown = [shelf.documents[i] for i in found]
     shown = reader.fitting(question.text, shown)
     return shown, shown
 
-  return _learner(name, reader, choose, width=top_k, make_index=_index)
-
-
-def search(
-  documents: Sequence[Document], top_k: int
-) -> Callable[[str], list[int]]:
-  """Make a search by BM25: question -> ids of documents, the best first.
-
-  Of pieces with one id it comes once; fewer than `top_k` where others share no
-  word with the question.
-  """
-  index = _index(documents)
-
-  def find(question):
-    found = _search(index, words(question), len(documents))
-    ids = dict.fromkeys(documents[i].id for i in found)
-    return list(ids)[:top_k]
-
-  return find
-
-
-def _index(documents):
-  """Count words; None where there is no document."""
-  # Imported here: it touches the devices, before processes have joined.
-  from bm25s import BM25
-
-  logging.getLogger("bm25s").setLevel(logging.WARNING)
-  if not documents:
-    return None
-  index = BM25()
-  index.index([words(d.text) for d in documents], show_progress=False)
-  return index
-
-
-def _search(index, query, top_k) -> list[int]:
-  """Places of the best documents, of equal ones the newer first."""
-  if index is None:
-    return []
-  query = [word for word in query if word in index.vocab_dict]
-  if not query:
-    return []
-  scores = np.asarray(index.get_scores(query))
-  best = np.lexsort((-np.arange(len(scores)), -scores))[:top_k]
-  return [int(i) for i in best if scores[i] > 0]
+  return _learner(
+    name, reader, choose, width=top_k, make_index=text_search.make_index
+  )

@@ -22,6 +22,7 @@ class Generated(NamedTuple):
   score: jax.Array  # [B] float32, summed log-probability of the tokens in
   #   nats, before any filter; of beams the search's own score
   done: jax.Array  # [B] bool, ended by an eos (or a row of padding)
+  aux: Any = None  # of prefix_fn, stacked over layers, where asked for
 
 
 def token_loop(

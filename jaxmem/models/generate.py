@@ -57,6 +57,7 @@ def generate(
   readout_params: Any = None,
   constrain: Callable[[jax.Array], jax.Array] | None = None,
   dtype: Any = None,
+  keep_aux: bool = False,
 ) -> Generated:
   """Generate from prompts of unequal length.
 
@@ -83,6 +84,7 @@ def generate(
       a sequence side by side.
     readout_params: pytree handed to the functions of `readout`.
     dtype: of the stream and the cache; None is that of the embedding table.
+    keep_aux: also return what `prefix_fn` gave beside its rows.
 
   Returns: leaves [B, ..], or [B, R, ..] with R = num_return > 1, best first
     (samples in the order of their draws).
@@ -111,6 +113,7 @@ def generate(
     adapter_index=adapter_index,
     constrain=constrain,
     dtype=dtype,
+    keep_aux=keep_aux,
   )
 
 
@@ -147,6 +150,7 @@ def _check(config, settings, ids, valid, rng, start, prefix, cache):
     "readout",
     "constrain",
     "dtype",
+    "keep_aux",
   ),
 )
 def _compiled(
@@ -164,11 +168,12 @@ def _compiled(
   layer_state,
   readout,
   readout_params,
+  keep_aux,
   **kept,
 ):
   beams = settings.method == "beam"
   copies = settings.num_beams if beams else settings.num_return
-  model, scores, cache = reading.prefill(
+  model, scores, cache, aux = reading.prefill(
     reading.Model(config, frozen, kept, readout, readout_params),
     ids,
     valid,
@@ -198,7 +203,7 @@ def _compiled(
     out = jax.tree.map(lambda x: x.reshape(-1, copies, *x.shape[1:]), out)
   if settings.num_return == 1:
     out = jax.tree.map(lambda x: x[:, 0], out)
-  return out
+  return out._replace(aux=aux) if keep_aux else out
 
 
 def _chooser(settings, rng, row_ids):

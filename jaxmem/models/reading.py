@@ -124,7 +124,7 @@ def prefill(
   cache: decoder.Cache | None,
   prefix_fn: Callable | None,
   layer_state: Any,
-) -> tuple[Model, jax.Array, Any]:
+) -> tuple[Model, jax.Array, Any, Any]:
   """Read the prompts [B, T] once and make `copies` of what was read.
 
   Args:
@@ -132,8 +132,9 @@ def prefill(
     Others as in `generate.generate`.
 
   Returns: the model for the loop, which knows what was read, scores [B * W, V]
-    of the first new token, and an empty cache for the new ones (a list of
-    one per layer where the layers are written out).
+    of the first new token, an empty cache for the new ones (a list of one per
+    layer where the layers are written out), and what `prefix_fn` gave beside
+    its rows.
   """
   (b, t), c = ids.shape, model.branches
   ids, valid = jnp.repeat(ids, c, axis=0), jnp.repeat(valid, c, axis=0)
@@ -174,7 +175,7 @@ def prefill(
   if model.layers is not None:
     model = model._replace(rows=_rows_ahead(model, slots))
     cache = [_layer(cache, index) for index in range(len(model.layers))]
-  return model, scores, cache
+  return model, scores, cache, out.aux
 
 
 def _rows_ahead(model, number):

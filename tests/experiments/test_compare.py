@@ -9,7 +9,17 @@ import pytest
 from experiments import compare, runs, sweep
 from jaxmem import config as configs
 from jaxmem.data.streams import Document, Question, Stream
-from jaxmem.methods import compare_setup, finetune_learners
+from jaxmem.methods import (
+  compare_setup,
+  finetune_learners,
+  memoryllm,
+  mplus,
+  mplus_config,
+  mplus_files,
+  mplus_params,
+  mplus_state,
+)
+from jaxmem.models import huggingface
 from jaxmem.training.logging import read_metrics
 from tests.experiments.conftest import StopAfter
 
@@ -186,6 +196,61 @@ def test_weights_of_tokens_are_trained_once(model_dir, tmp_path):
     make(never, **{"camels.locality": 0.5})
 
 
+@pytest.fixture(scope="module")
+def memories(model_dir, tmp_path_factory):
+  """A MemoryLLM and an M+ on the weights of the model, saved with a memory."""
+  config, frozen = huggingface.load(model_dir)
+  lora, found = mplus_config.Lora(2, 4, ("q_proj", "v_proj")), {}
+  sizes = {"memoryllm": {}, "mplus": {"long_blocks": 1, "key_width": 4}}
+  write = jax.jit(mplus.write, static_argnums=0)
+  for name, changes in sizes.items():
+    settings = memoryllm.Settings(8, 3, flush_every=2, **changes)
+    model = memoryllm.Model(config, settings)
+    params = mplus_params.init(model, frozen, lora, rng=jax.random.key(0))
+    shape = (config.num_layers, settings.pool_rows, config.hidden_size)
+    hidden = jax.random.normal(jax.random.key(1), shape)
+    state = mplus_state.start(
+      model, frozen, params, hidden, rng=jax.random.key(2)
+    )
+    for first in range(2):
+      ids = jax.numpy.arange(first, first + 20, dtype="int32")
+      state = write(model, frozen, params, state, ids)
+    found[name] = tmp_path_factory.mktemp(name)
+    loaded = mplus_files.Loaded(model, lora, frozen, params, state)
+    mplus_files.save(found[name], loaded)
+  return found
+
+
+def test_memories_are_compared(model_dir, memories, tmp_path, caplog):
+  changes = {f"memories.{k}": str(path) for k, path in memories.items()}
+  names = "memoryllm", "mplus", "mplus_own", "mplus_random", "window"
+  changes |= {
+    "learners": ",".join(names), "prompt.window": 9, "sizes.documents": "()",
+    "noise.percents": "()", "retention.step": 9, "ask.max_new_tokens": 1,
+    "data.document_tokens": 40,
+  }  # fmt: skip
+  run(model_dir, tmp_path, **changes)
+  assert "frozen weights" not in caplog.text, "they are the base's"
+  result = files(tmp_path)["result.json"]
+  for name in names:
+    assert result[name]["all/count"] == 6 and result[name]["drawn_on"] >= 0
+  assert "all/recall" not in result["memoryllm"]
+  assert result["mplus_own"]["all/recall"] >= result["mplus"]["all/recall"]
+  # Layers, rows, and floats of a row, its key and value among them.
+  assert result["memoryllm"]["bytes_per_document"] == 2 * 24 * 4 * 16 / 6
+  assert result["mplus"]["bytes_per_document"] > 2 * 16 * 4 * 16 / 6
+  assert result["window"]["drawn_on"] == 1
+
+
+def test_checkpoints_that_do_not_go(model_dir, memories, tmp_path):
+  ours = {"learners": "mplus"}
+  with pytest.raises(ValueError, match="memories.mplus is empty: give"):
+    run(model_dir, tmp_path, **ours)
+  ours["memories.mplus"] = str(memories["memoryllm"])
+  with pytest.raises(ValueError, match="holds a checkpoint of memoryllm"):
+    run(model_dir, tmp_path, **ours)
+
+
 def test_noise_of_every_kind(model_dir, tmp_path):
   config = make_config(model_dir, **{"noise.source": "prose"})
   base = compare_setup.load_base(config, tmp_path, never)
@@ -234,13 +299,14 @@ def test_every_config_goes_together(name):
 
 def test_every_value_of_the_config_is_read():
   names = "compare_setup", "compare_banks", "compare_camels"
+  names += ("compare_memories",)
   names += "cmt_streams", "base"
   paths = [pathlib.Path("jaxmem/methods") / f"{name}.py" for name in names]
   paths.append(pathlib.Path("experiments/compare.py"))
   code = "\n".join(path.read_text() for path in paths)
-  assert "config.banks[" in code
+  assert "config.banks[" in code and "config.memories[" in code
   for name in configs.flatten(configs.load(CONFIG)):
-    if name.startswith("banks."):
+    if name.startswith(("banks.", "memories.")):
       continue
     assert f".{name.rpartition('.')[2]}" in code, name
 

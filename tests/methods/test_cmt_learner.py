@@ -16,7 +16,7 @@ from jaxmem.methods import (
   cmt_loss,
   mac,
   mbc,
-  prompt_learners,
+  text_search,
 )
 from jaxmem.methods.cmt_batches import Reading
 from jaxmem.models import generate
@@ -171,7 +171,7 @@ def test_memories_by_the_text_of_their_documents():
   weights = cmt_learner.Weights(small.params(), params_of(model))
   learner = cmt_learner.make_learner(
     "small", model, weights, reading, small.tokenizer(),
-    search=prompt_learners.search(DOCUMENTS[:3], 2),
+    search=text_search.search(DOCUMENTS[:3], 2),
   )  # fmt: skip
   batch = learner.encode_questions(
     [Question(0, f"{WORDS[5]} {WORDS[7]} {WORDS[8]}", ("w1",), 2),

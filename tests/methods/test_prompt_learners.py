@@ -125,6 +125,20 @@ def test_what_each_shows(reader, prompts):
   assert all(x.host for x in (closed, gold, found, whole))
 
 
+def test_a_window_keeps_the_last_tokens(reader, prompts):
+  count = [len(p.token_spans(reader.loaded.tokenizer, t)) for t in TEXTS]
+  learner = p.window(reader, count[2] + 3)
+  asked, sources = prompts(learner)
+  assert asked[0] == chat("is green.", TEXTS[2], ASKED[0].text)
+  assert sources == [[12, 11]] * 3 and learner.upper_bound
+  asked, sources = prompts(p.window(reader, sum(count)))
+  assert asked[1] == chat(*TEXTS, ASKED[1].text)
+  asked, sources = prompts(p.window(reader, 2), ())
+  assert asked[1] == chat(ASKED[1].text) and sources == [[-1]] * 3
+  with pytest.raises(ValueError, match="window: tokens is 0"):
+    p.window(reader, 0)
+
+
 def test_an_empty_memory_is_the_closed_book(reader, prompts):
   for learner in (p.gold(reader), p.bm25(reader, 1), p.whole_stream(reader)):
     asked, sources = prompts(learner, ())

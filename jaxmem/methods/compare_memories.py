@@ -1,0 +1,111 @@
+"""Trained MemoryLLM and M+ among the learners that are compared."""
+
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from jaxmem.data.streams import Stream
+from jaxmem.methods import memoryllm, mplus_files, mplus_learner
+from jaxmem.methods.compare_setup import Base, Made
+from jaxmem.methods.mplus_learner import Reading, Weights
+from jaxmem.models import decoder, huggingface
+from jaxmem.models.fingerprint import fingerprint
+from jaxmem.training import parallel
+from jaxmem.training.learners import compile_learner
+
+MEMORYLLM, MPLUS = "memoryllm", "mplus"
+_log = logging.getLogger(__name__)
+
+
+def remembered(
+  name: str, method: str, **changes: Any
+) -> Callable[[ConfigDict, Base, Stream], Made]:
+  """Make the builder of a learner that answers from a pool of memory rows.
+
+  Args:
+    name: of the learner.
+    method: whose checkpoint, `config.memories[method]`.
+    changes: fields of `Reading` to set otherwise.
+  """
+
+  def build(config: ConfigDict, base: Base, stream: Stream) -> Made:
+    loaded = _load(config, base, method)
+    reader, settings = base.reader, loaded.model.settings
+    # The noise curve at most doubles a stream.
+    chunks = memoryllm.chunk_lengths(
+      settings, max(config.data.document_tokens, settings.shortest)
+    )
+    given = {
+      "capacity": 2 * len(stream.documents) * len(chunks),
+      "decode": reader.decode,
+      "batch_size": reader.rows,
+      "max_question_tokens": config.ask.max_question_tokens,
+      "chat": config.data.chat,
+    }
+    learner = mplus_learner.make_learner(
+      name,
+      loaded.model,
+      Weights(loaded.frozen, loaded.params),
+      loaded.state,
+      Reading(**given | changes),
+      reader.loaded.tokenizer,
+    )
+    return Made(compile_learner(learner, reader.loaded.mesh))
+
+  return build
+
+
+def _load(config, base, method) -> mplus_files.Loaded:
+  """Load a checkpoint; its own weights are used unless they are the base's."""
+  directory = config.memories[method]
+  if not directory:
+    raise ValueError(
+      f"memories.{method} is empty: give a checkpoint of it, a directory or a "
+      f"hub id, by --config.memories.{method}=DIR"
+    )
+  ours = base.reader.loaded
+  loaded = mplus_files.load(
+    directory,
+    rng=jax.random.key(config.seed),
+    dtype=base.reader.dtype,
+    shardings=lambda tree: parallel.make_shardings(
+      tree, ours.mesh, decoder.partition_rules()
+    ),
+  )
+  found = MPLUS if loaded.model.settings.long_blocks else MEMORYLLM
+  if found != method:
+    raise ValueError(
+      f"memories.{method}={directory} holds a checkpoint of {found}: give it "
+      f"as memories.{found}"
+    )
+  if loaded.state is None:
+    raise ValueError(
+      f"memories.{method}={directory} has a pool that was never written "
+      "(initialized = 0): save it with a memory"
+    )
+  huggingface.check_vocabulary(loaded.model.config, ours.tokenizer)
+  if pathlib.Path(directory).is_dir():
+    _check_tokenizer(directory, ours.tokenizer)
+  if fingerprint(loaded.frozen) == base.name:
+    return loaded._replace(frozen=ours.weights)
+  _log.warning(
+    "%s: the frozen weights of %s are not those of model=%s, which the other "
+    "learners have", method, directory, config.model,
+  )  # fmt: skip
+  return loaded
+
+
+def _check_tokenizer(directory, tokenizer) -> None:
+  """Raise unless a checkpoint's own tokenizer, if any, is the base's."""
+  if not (pathlib.Path(directory) / "tokenizer.json").is_file():
+    return
+  own = huggingface.load_tokenizer(directory)
+  if own.get_vocab() != tokenizer.get_vocab():
+    raise ValueError(
+      f"the tokenizer of {directory} has other tokens than that of the model: "
+      "set model to the one that the checkpoint was trained on"
+    )
