@@ -1,0 +1,276 @@
+"""MemoryLLM and M+ with a memory for each item, and what they stand beside.
+
+  memory      of MemoryLLM or M+, many side by side
+  prompt      of the base model: all texts, the last tokens of them, or none
+
+Source: MemoryLLM (arXiv 2402.04624), M+ (arXiv 2502.00592); the controls are
+our choice.
+
+Axes: L layers, B memories, N rows of the pool, C slots, R rows retrieved.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmem.data.tokenize import leading_ids
+from jaxmem.evaluation.subjects import Ids, Prompt, Reply, Rows, Subject
+from jaxmem.methods import (
+  memoryllm,
+  mplus,
+  mplus_chunks,
+  mplus_owners,
+  mplus_state,
+)
+from jaxmem.methods.memoryllm import Model, Params, State
+from jaxmem.methods.mplus_learner import FIRST, RETRIEVALS
+from jaxmem.models import generate
+from jaxmem.models.config import ModelConfig
+from jaxmem.models.generate_settings import GenerateSettings
+from jaxmem.training import parallel
+
+
+class Held(NamedTuple):
+  """Memories, and how many writes the first text of each took."""
+
+  memories: State  # B in front
+  first: np.ndarray  # [B] int32
+
+
+def memory(
+  name: str,
+  model: Model,
+  frozen: Any,
+  params: Params,
+  state: State,
+  tokenizer: Any,
+  *,
+  seed: int = 0,
+  retrieval: str = "scores",
+) -> Subject:
+  """Make the subject that writes memories.
+
+  Texts are cut by `memoryllm.chunk_lengths`; answers are greedy.
+
+  Args:
+    state: one memory, which all start from, each with drops of its own.
+    tokenizer: decodes answers.
+    seed: of the drops.
+    retrieval: what is read of the long-term store: what the retriever finds
+      ("scores"), any rows ("random"), or those of the text that was written
+      first ("oracle"), for diagnosis.
+
+  Raises:
+    ValueError: another retrieval, or one for a model without a store; several
+      memories; ages that do not tell whose a row is.
+  """
+  _check(model, state, retrieval)
+  zero = jnp.zeros((), jnp.int32)
+  state = state._replace(pool=state.pool._replace(writes=zero))
+  write_program = parallel.compile_function(
+    functools.partial(mplus.write, model), donate_argnums=2
+  )
+  ask_program = parallel.compile_function(
+    functools.partial(ask, model), static_argnames=("settings", "retrieval")
+  )
+
+  def start(number: int) -> Held:
+    rng = jax.random.key(seed)
+    return Held(
+      mplus_state.fork(state, number, rng=rng), np.zeros(number, np.int32)
+    )
+
+  def write(held: Held, texts: Sequence[Ids]) -> Held:
+    queues = [
+      memoryllm.chunks(model.settings, ids) if len(ids) else [] for ids in texts
+    ]
+    memories, lengths = held.memories, np.array(list(map(len, queues)))
+    for ids, valid in mplus_chunks.side_by_side(queues):
+      memories = write_program(frozen, params, memories, ids, valid)
+    return Held(memories, np.where(held.first, held.first, lengths))
+
+  def put(held: Held, prompts: Sequence[Prompt], max_new_tokens: int) -> Reply:
+    batch = _padded([[*prompt.lead, *prompt.rest] for prompt in prompts])
+    settings = GenerateSettings(max_new_tokens)
+    out, rows = ask_program(
+      frozen, params, held.memories, *batch, held.first,
+      settings=settings, retrieval=retrieval,
+    )  # fmt: skip
+    return Reply(_texts(tokenizer, out), jax.tree.map(np.asarray, rows))
+
+  settings = model.settings
+  return Subject(
+    name, start, write, put, pool=(settings.pool_rows, settings.tokens)
+  )
+
+
+def _check(model, state, retrieval):
+  mplus_owners.check_ages(model)
+  if retrieval not in RETRIEVALS:
+    raise ValueError(
+      f"retrieval is {retrieval!r}; allowed: {', '.join(RETRIEVALS)}"
+    )
+  if retrieval != "scores" and state.store is None:
+    raise ValueError(
+      f"retrieval={retrieval} needs a long-term store, which this model has "
+      "not: give M+"
+    )
+  if state.pool.age.ndim != 2:
+    raise ValueError(
+      f"the state holds {len(state.pool.age)} memories; give one to start from"
+    )
+
+
+def ask(
+  model: Model,
+  frozen: Any,
+  params: Params,
+  memories: State,
+  ids: jax.Array,
+  valid: jax.Array,
+  first: jax.Array,
+  *,
+  settings: GenerateSettings,
+  retrieval: str,
+) -> tuple[generate.Generated, Rows]:
+  """Ask every memory one question, and count its first text's rows.
+
+  Args:
+    memories: B of them, written from an unwritten start.
+    ids, valid: [B, T], padded on the left.
+    first: [B] int32, writes that the first text took.
+  """
+
+  def own(numbers):
+    return (numbers >= 0) & (numbers < first[:, None, None])
+
+  pool = memories.pool
+  numbers = mplus_owners.write_numbers(
+    model, pool.writes[:, None, None], pool.age
+  )
+  kept = own(numbers).sum(axis=(1, 2), dtype=jnp.int32)
+  written = first * (model.config.num_layers * model.settings.tokens)
+  bias, there = None, None
+  if memories.store is not None:
+    there = own(mplus_owners.slot_writes(model, memories))
+    bias = _bias(memories, there, retrieval)
+  out = mplus.answer(
+    model, frozen, params, memories, ids, valid, settings, bias=bias,
+    keep_aux=there is not None,
+  )  # fmt: skip
+  none = jnp.zeros_like(kept)
+  if there is None:
+    rows = Rows(written, kept, none, none, none.astype(jnp.float32))
+    return out, rows
+  read = jnp.moveaxis(mplus_owners.chosen(out.aux.found), 0, 1)
+  fill = memories.store.slots.valid.sum(axis=2)
+  share = jnp.minimum(model.settings.retrieved / jnp.maximum(fill, 1), 1.0)
+  by_layer = there.sum(axis=2, dtype=jnp.int32)
+  rows = Rows(
+    written,
+    kept,
+    by_layer.sum(axis=1, dtype=jnp.int32),
+    (there & read).sum(axis=(1, 2), dtype=jnp.int32),
+    (share * by_layer).sum(axis=1),
+  )
+  return out._replace(aux=None), rows
+
+
+def _bias(memories, own, retrieval):
+  """What puts other slots first than the retriever, [L, B, C] float32."""
+  if retrieval == "scores":
+    return None
+  if retrieval == "oracle":
+    return jnp.moveaxis(FIRST * own.astype(jnp.float32), 1, 0)
+
+  def draw(rng, writes):
+    rng = jax.random.fold_in(jax.random.fold_in(rng, writes), 1)
+    return jax.random.uniform(rng, own.shape[1:])
+
+  pool = memories.pool
+  # So far apart that scores do not matter.
+  return 1e4 * jnp.moveaxis(jax.vmap(draw)(pool.rng, pool.writes), 1, 0)
+
+
+def prompt(
+  name: str,
+  config: ModelConfig,
+  frozen: Any,
+  tokenizer: Any,
+  *,
+  tokens: int | None = None,
+  between: Ids = (),
+  max_prompt_tokens: int | None = None,
+  dtype: Any = None,
+) -> Subject:
+  """Make the subject that is shown what was written, in its prompt.
+
+  Answers are greedy. Special tokens that the tokenizer puts before any text
+  come first.
+
+  Args:
+    config, frozen: of the base model.
+    tokens: of the texts, the last ones; 0 shows none of them, None all that fit
+      into the prompt, the last ones.
+    between: ids that end each text in the prompt, such as those of a line
+      break; they count.
+    max_prompt_tokens: None: what the model's positions leave.
+    dtype: of the stream.
+
+  Raises:
+    ValueError: tokens below 0, or, when asked, a question that does not fit.
+  """
+  if tokens is not None and tokens < 0:
+    raise ValueError(f"tokens is {tokens}; 0 or more, or None for all")
+  head = leading_ids(tokenizer)
+
+  def write(held, texts):
+    pairs = zip(held, texts, strict=True)
+    return [[*old, *new, *(between if len(new) else ())] for old, new in pairs]
+
+  def put(held, prompts, max_new_tokens) -> Reply:
+    room = config.max_positions - max_new_tokens
+    room = min(room, max_prompt_tokens or room)
+    rows = []
+    for old, (rest, lead) in zip(held, prompts, strict=True):
+      left = room - len(head) - len(lead) - len(rest)
+      if left < 0:
+        raise ValueError(
+          f"{name}: a question of {len(rest)} tokens does not fit into a "
+          f"prompt of {room}: raise max_prompt_tokens"
+        )
+      left = left if tokens is None else min(left, tokens)
+      shown = old[-left:] if left else []
+      rows.append([*head, *lead, *shown, *rest])
+    ids, valid = _padded(rows, room if config.family == "gpt2" else None)
+    out = generate.generate(
+      config, frozen, ids, valid, GenerateSettings(max_new_tokens), dtype=dtype
+    )
+    return Reply(_texts(tokenizer, out))
+
+  return Subject(
+    name,
+    lambda number: [[] for _ in range(number)],
+    write,
+    put,
+    upper_bound=tokens != 0,
+  )
+
+
+def _padded(rows, most=None):
+  longest = max(map(len, rows))
+  length = generate.bucket_length(longest)
+  length = length if most is None else max(min(length, most), longest)
+  return generate.pad_prompts(rows, length)
+
+
+def _texts(tokenizer, out) -> list[str]:
+  ends = np.asarray(out.length - out.done)
+  return [
+    tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+    for row, end in zip(np.asarray(out.tokens), ends, strict=True)
+  ]
