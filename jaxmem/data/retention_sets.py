@@ -9,7 +9,7 @@ The published index files are not needed: the filter is applied again.
 import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxmem.data import rows as rows_lib
 from jaxmem.data import sources, world_streams
@@ -179,6 +179,33 @@ def join(
       out.append("\n".join(parts))
       parts, tokens = [], 0
   return out
+
+
+def world_books(
+  books: int, documents: int, **drawn: Any
+) -> tuple[tuple[Item, ...], ...]:
+  """Draw books of the invented world: documents in order, an item each.
+
+  No person is in two of them, and a question is answered by its document alone.
+  Source: our choice.
+
+  Args:
+    books: how many.
+    documents: of each.
+    drawn: options of `world`.
+
+  Raises:
+    ValueError: a number below 1, or see `world`.
+  """
+  if books < 1 or documents < 1:
+    raise ValueError(
+      f"books is {books} and documents {documents}; at least 1 of each"
+    )
+  items = world(books * documents, 0, **drawn).items
+  return tuple(
+    items[first : first + documents]
+    for first in range(0, len(items), documents)
+  )
 
 
 def world(

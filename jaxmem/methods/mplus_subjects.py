@@ -1,7 +1,7 @@
 """MemoryLLM and M+ with a memory for each item, and what they stand beside.
 
   memory      of MemoryLLM or M+, many side by side
-  prompt      of the base model: all texts, the last tokens of them, or none
+  prompt      of the base model: all texts, the last tokens, none, or by BM25
 
 Source: MemoryLLM (arXiv 2402.04624), M+ (arXiv 2502.00592); the controls are
 our choice.
@@ -10,13 +10,15 @@ Axes: L layers, B memories, N rows of the pool, C slots, R rows retrieved.
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.data.streams import Document
 from jaxmem.data.tokenize import leading_ids
 from jaxmem.evaluation.subjects import Ids, Prompt, Reply, Rows, Subject
 from jaxmem.methods import (
@@ -25,13 +27,17 @@ from jaxmem.methods import (
   mplus_chunks,
   mplus_owners,
   mplus_state,
+  text_search,
 )
+from jaxmem.methods.cmt_batches import prompt_text
 from jaxmem.methods.memoryllm import Model, Params, State
-from jaxmem.methods.mplus_learner import FIRST, RETRIEVALS
+from jaxmem.methods.mplus_learner import FIRST, RETRIEVALS, tokens_of
 from jaxmem.models import generate
 from jaxmem.models.config import ModelConfig
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import parallel
+
+USER_HEADER = "<|user|>\n"  # what `prompt_text` begins with
 
 
 class Held(NamedTuple):
@@ -203,6 +209,7 @@ def prompt(
   tokenizer: Any,
   *,
   tokens: int | None = None,
+  found: int | None = None,
   between: Ids = (),
   max_prompt_tokens: int | None = None,
   dtype: Any = None,
@@ -216,27 +223,41 @@ def prompt(
     config, frozen: of the base model.
     tokens: of the texts, the last ones; 0 shows none of them, None all that fit
       into the prompt, the last ones.
+    found: show so many texts that BM25 finds, the best first, in place of all;
+      of a text that does not fit the first tokens.
     between: ids that end each text in the prompt, such as those of a line
       break; they count.
     max_prompt_tokens: None: what the model's positions leave.
     dtype: of the stream.
 
   Raises:
-    ValueError: tokens below 0, or, when asked, a question that does not fit.
+    ValueError: tokens below 0, found below 1 or with tokens, or, when asked, a
+      question that does not fit.
   """
   if tokens is not None and tokens < 0:
     raise ValueError(f"tokens is {tokens}; 0 or more, or None for all")
+  if found is not None and (found < 1 or tokens is not None):
+    raise ValueError(
+      f"found is {found} with tokens={tokens}; give found at least 1, without "
+      "tokens"
+    )
   head = leading_ids(tokenizer)
 
   def write(held, texts):
     pairs = zip(held, texts, strict=True)
-    return [[*old, *new, *(between if len(new) else ())] for old, new in pairs]
+    return [[*old, [*new, *between]] if len(new) else old for old, new in pairs]
+
+  def show(own, question, left):
+    if found is not None:
+      return _best(tokenizer, own, question, found)[:left]
+    shown = list(itertools.chain.from_iterable(own))
+    return shown[max(0, len(shown) - left) :]
 
   def put(held, prompts, max_new_tokens) -> Reply:
     room = config.max_positions - max_new_tokens
     room = min(room, max_prompt_tokens or room)
     rows = []
-    for old, (rest, lead) in zip(held, prompts, strict=True):
+    for own, (rest, lead) in zip(held, prompts, strict=True):
       left = room - len(head) - len(lead) - len(rest)
       if left < 0:
         raise ValueError(
@@ -244,8 +265,7 @@ def prompt(
           f"prompt of {room}: raise max_prompt_tokens"
         )
       left = left if tokens is None else min(left, tokens)
-      shown = old[-left:] if left else []
-      rows.append([*head, *lead, *shown, *rest])
+      rows.append([*head, *lead, *show(own, rest, left), *rest])
     ids, valid = _padded(rows, room if config.family == "gpt2" else None)
     out = generate.generate(
       config, frozen, ids, valid, GenerateSettings(max_new_tokens), dtype=dtype
@@ -259,6 +279,38 @@ def prompt(
     put,
     upper_bound=tokens != 0,
   )
+
+
+def _best(tokenizer, texts, question, number) -> list[int]:
+  """Ids of the texts that BM25 finds, one after the other."""
+  documents = [
+    Document(i, tokenizer.decode(ids)) for i, ids in enumerate(texts)
+  ]
+  index = text_search.make_index(documents)
+  places = text_search.find(index, tokenizer.decode(question), number)
+  return [token for place in places for token in texts[place]]
+
+
+def questions(tokenizer: Any, chat: bool) -> Callable[[str], Prompt]:
+  """Make the function that puts questions, in the embedded models' format.
+
+  Texts that are shown stand within the user's turn, before the question.
+
+  Args:
+    chat: False gives the bare question, for base models.
+  """
+  lead = tokens_of(tokenizer, USER_HEADER) if chat else []
+
+  def put(question: str) -> Prompt:
+    ids = tokens_of(tokenizer, prompt_text(question, chat))
+    if ids[: len(lead)] != lead:
+      raise ValueError(
+        f"the tokenizer joins {USER_HEADER!r} and {question[:20]!r}: give "
+        "chat=False"
+      )
+    return Prompt(ids[len(lead) :], lead)
+
+  return put
 
 
 def _padded(rows, most=None):

@@ -8,6 +8,7 @@ import pytest
 
 from jaxmem.data import retention_sets
 from jaxmem.data.retention_sets import Item, RetentionSet
+from jaxmem.evaluation import book_positions
 from jaxmem.evaluation import knowledge_retention as k
 from jaxmem.evaluation.subjects import Prompt, Reply, Rows, Subject
 
@@ -163,6 +164,35 @@ def test_mistakes(changes, message):
     run(changes.pop("writes", (0,)), **changes)
 
 
+# ---- Books ----------------------------------------------------------------
+
+
+def test_a_book_is_asked_about_everywhere():
+  words = ("red", "blue", "green")
+  books = [
+    [Item(f"{name} has {word}", f"{name} has", word) for word in words]
+    for name in ("ada", "bob", "cid")
+  ]
+  books[2][2] = books[2][2]._replace(answer="pink")
+  hits = book_positions.run(
+    newest(2), books, k.Settings((0,), batch_size=2), encode,
+    lambda text: Prompt(encode(text)),
+  )  # fmt: skip
+  assert hits == [[False, True, True]] * 2 + [[False, True, False]]
+  curve = book_positions.points(hits)
+  assert [p["place"] for p in curve] == [0, 1, 2]
+  assert [p["accuracy"] for p in curve] == pytest.approx([0, 100, 200 / 3])
+  whole, last = book_positions.points(hits, 2)
+  assert whole["count"] == 6 and whole["accuracy"] == 50
+  assert last["place"] == 2 and last["low"] < last["accuracy"]
+  with pytest.raises(ValueError, match="documents; give books of one length"):
+    book_positions.run(
+      newest(1), [books[0], books[1][:1]], k.Settings((0,)), encode, Prompt
+    )
+  with pytest.raises(ValueError, match="width is 0"):
+    book_positions.points(hits, 0)
+
+
 # ---- Sets -------------------------------------------------------------------
 
 
@@ -241,5 +271,10 @@ def test_the_world():
     assert item.answer in item.context
     assert item.question
   assert len({*found.unrelated, *(i.context for i in found.items)}) == 7
+  books = retention_sets.world_books(2, 3, facts=1)
+  assert [len(book) for book in books] == [3, 3]
+  assert len({item.context for book in books for item in book}) == 6
+  with pytest.raises(ValueError, match="books is 0"):
+    retention_sets.world_books(0, 1)
   with pytest.raises(ValueError, match="documents without changes"):
     retention_sets.world(10**6, 0)

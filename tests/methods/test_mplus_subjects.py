@@ -1,11 +1,13 @@
 """Memories asked side by side, whose rows are counted; prompts beside them."""
 
+import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
 
+from jaxmem.data.tokenize import leading_ids
 from jaxmem.evaluation.subjects import Prompt
 from jaxmem.methods import (
   memoryllm,
@@ -13,10 +15,11 @@ from jaxmem.methods import (
   mplus_chunks,
   mplus_state,
   mplus_subjects,
+  prompt_learners,
 )
 from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
-from tests.methods import remembering, small
+from tests.methods import remembering, small, worldly
 from tests.methods.remembering import MPLUS, SHORT, K
 
 LAYERS = small.CONFIG.num_layers
@@ -171,10 +174,40 @@ def test_what_is_shown_in_a_prompt(monkeypatch):
   assert show(tokens=2) == [[7, 13, 14, 8, 9, 10], [15, 16, 21, 22]]
   assert show(tokens=0) == [[7, 8, 9, 10], [21, 22]]
   assert show(max_prompt_tokens=5)[0] == [7, 14, 8, 9, 10]
+  # ASKED[0] is of ids 8 to 10, which the first text does not have.
+  assert show(found=1) == [[7, 8, 9, 10], [21, 22]]
+  monkeypatch.setattr(
+    mplus_subjects.text_search, "find", lambda index, text, k: [1, 0][:k]
+  )
+  one = mplus_subjects.prompt(
+    "p", small.CONFIG, None, small.tokenizer(), found=2
+  )
+  held = one.write(one.start(2), [[11, 12], [14]])
+  seen.clear()
+  one.ask(one.write(held, [[8, 13], [15]]), ASKED, 3)
+  assert seen == [[7, 8, 13, 11, 12, 8, 9, 10], [15, 14, 21, 22]]
+  with pytest.raises(ValueError, match="found is 0"):
+    show(found=0)
   with pytest.raises(ValueError, match="question of 3 tokens does not fit"):
     show(max_prompt_tokens=3)
   with pytest.raises(ValueError, match="tokens is -1"):
     show(tokens=-1)
+
+
+def test_shown_texts_stand_where_readers_put_them():
+  """The same ids as the prompts of learners that show text."""
+  reader = prompt_learners.Reader(
+    worldly.loaded(), prompt_learners.decoding("greedy", 2)
+  )
+  tokenizer, text = worldly.tokenizer(), "Bram Kelmtor lives in Aldton.\n"
+  for chat in (True, False):
+    put = mplus_subjects.questions(tokenizer, chat)
+    rest, lead = put("What is the home of Bram Kelmtor?")
+    shown = mplus_subjects.tokens_of(tokenizer, text)
+    whole = dataclasses.replace(reader, chat=chat).prompt(
+      "What is the home of Bram Kelmtor?", [text]
+    )
+    assert whole == [*leading_ids(tokenizer), *lead, *shown, *rest]
 
 
 def test_mistakes_are_named():
