@@ -25,11 +25,13 @@ _log = logging.getLogger(__name__)
 Point = dict[str, float | int]
 LAW = "law of slots"
 KEPT = "fact's rows in the pool, %"
-PANELS = {
-  "exact hits, %": "accuracy",
-  KEPT: "kept",
-  "recall of its stored rows, %": "recall",
-}
+# Panel -> (score of a point, end of its label)
+PANELS = (
+  ("exact hits, %", "accuracy", ""),
+  (KEPT, "kept", ""),
+  ("recall of its stored rows, %", "recall", ""),
+  ("recall of its stored rows, %", "chance", ", at random"),
+)
 
 
 class Settings(NamedTuple):
@@ -234,8 +236,9 @@ def draw(
 ) -> list[pathlib.Path]:
   """Draw curves against writes, and against half-lives of each one's pool.
 
-  Bands are half as wide as the Wilson intervals. Beside the rows that are kept
-  stands the law of random drops.
+  Bands are as wide as the Wilson intervals, around the mean. Beside the rows
+  that are kept stands the law of random drops, beside those that a question
+  reads what it would read at random.
 
   Args:
     curves: name -> points.
@@ -271,7 +274,7 @@ def draw(
 
 def _panels(curves, place) -> dict[str, dict[str, plots.Curve]]:
   panels: dict[str, dict[str, plots.Curve]] = {}
-  for title, key in PANELS.items():
+  for title, key, end in PANELS:
     for name, points in curves.items():
       held = [point for point in points if key in point]
       if not held:
@@ -279,7 +282,7 @@ def _panels(curves, place) -> dict[str, dict[str, plots.Curve]]:
       sd = [0.0] * len(held)
       if key == "accuracy":
         sd = [(point["high"] - point["low"]) / 2 for point in held]
-      panels.setdefault(title, {})[name] = plots.Curve(
+      panels.setdefault(title, {})[f"{name}{end}"] = plots.Curve(
         [place(name, p["writes"]) for p in held], [p[key] for p in held], sd
       )
   return panels
