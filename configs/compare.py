@@ -179,7 +179,7 @@ def _enlarge(config: ConfigDict) -> None:
     }
   )  # fmt: skip
   config.ask.update({"decode": "beam3", "max_new_tokens": 16})
-  config.prompt.update({"max_tokens": 0, "window": 12_800})
+  config.prompt.update({"max_tokens": 0, "window": 2048})
   config.finetune.update(
     {
       "rates": (6.5e-6, 2.5e-5), "finder": "spacy", "remat": True,
