@@ -131,7 +131,7 @@ def context(
       params.projectors["encoder_query"],
       *rate,
     )
-  layer = Layer(slots, params.projectors["query"], asked, relevance, bias)
+  layer = Layer(slots, params.projectors["query"], asked, relevance, bias=bias)
   return Context(before, retrieval(model.config, settings), layer, params.read)
 
 
