@@ -237,16 +237,21 @@ def test_an_aggregator_imitates_the_memory_that_is_read_instead_of_it():
     rest = loss_of(model_of(alpha=0.0, no_aggregate=True), params, batch)[0]
     return total - rest, aux
 
-  (gained, aux), grads = jax.value_and_grad(terms, has_aux=True)(params)
+  plain, wanted = model_of(alpha=0.0, train_retrieved=1), 0.0
+
+  @jax.jit
+  def run(params):
+    found = cmt_loss.compress_batch(
+      model, small.params(), params, batch, Gather()
+    )
+    made = cmt_loss.aggregate_batch(
+      plain, params, found.question, found.bank, found.scores, found.own
+    )
+    return jax.value_and_grad(terms, has_aux=True)(params), found, made
+
+  ((gained, aux), grads), found, made = run(params)
   far, count = aux.metrics["imitate"]
   np.testing.assert_allclose(gained, 0.5 * far / count, rtol=1e-3, atol=1e-5)
-  found = cmt_loss.compress_batch(
-    model, small.params(), params, batch, Gather()
-  )
-  plain, wanted = model_of(alpha=0.0, train_retrieved=1), 0.0
-  made = cmt_loss.aggregate_batch(
-    plain, params, found.question, found.bank, found.scores, found.own
-  )
   for row, own in enumerate(found.own):
     memory = np.asarray(found.bank.memories[own])
     wanted += np.square(made[row] - memory).mean() / np.square(memory).mean()

@@ -20,6 +20,8 @@ from tests.methods.remembering import MPLUS, K, padded, text
 
 SHAPE = memory_rows.Shape(documents=2, asked=2, questions=2)
 WRITE = jax.jit(mplus.write, static_argnums=0)
+ENCODE = jax.jit(memoryllm.encode, static_argnums=0)
+READ_NEW = jax.jit(mplus.read_new, static_argnums=0)
 TASK = mw.Task(questions=3, most_writes=4, retrieve=True, found=1.0)
 
 
@@ -117,11 +119,9 @@ def test_a_step_is_writes_and_questions_in_their_order():
   step = _step()
   for i in range(2):
     part = jax.tree.map(lambda x, i=i: x[i : i + 1], step.documents)
-    made = memoryllm.encode(
-      MPLUS, frozen, params, state.pool.rows.hidden[:, -K:], *part
-    )
+    made = ENCODE(MPLUS, frozen, params, state.pool.rows.hidden[:, -K:], *part)
     own = jax.tree.map(lambda x, i=i: x[i : i + 1], step.own)
-    hidden = mplus.read_new(MPLUS, frozen, params, made, *own.texts).hidden
+    hidden = READ_NEW(MPLUS, frozen, params, made, *own.texts).hidden
     new += _nats(frozen, hidden, own)
     state = WRITE(MPLUS, frozen, params, state, part.ids[0], part.valid[0])
   np.testing.assert_allclose(out.new.nll, new, rtol=1e-4)
