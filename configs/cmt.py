@@ -4,7 +4,7 @@
   python -m experiments.sweep --config=configs/cmt.py:tiny \
       --workdir=out/cmt_tiny --jobs=2
 
-`smoke` runs in a minute, `tiny` is the small-scale protocol on the invented
+`smoke` runs in minutes, `tiny` is the small-scale protocol on the invented
 world, `paper` the values of the papers as far as they are known ("MAC" is its
 code, jihoontack/MAC; CMT's own are in none of its sources, so that most of what
 is marked "our reading" has a switch).
