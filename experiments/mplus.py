@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from jaxmem import launch, models
 from jaxmem.data import world
-from jaxmem.evaluation import plots
+from jaxmem.evaluation import knowledge_retention, plots
 from jaxmem.methods import (
   cmt_exam,
   mplus_exam,
@@ -167,7 +167,12 @@ def write_results(exp: Experiment, rates: dict, record: dict) -> None:
     return
   config = exp.config
   result = rates | record
-  result |= {"reach": mplus_exam.reach(rates, config.eval.distances)}
+  curve = [
+    {"writes": at, "accuracy": rates[f"right/{at}"]}
+    for at in config.eval.distances
+  ]
+  reach = knowledge_retention.reach(curve, rates["right/alone"])
+  result |= {"reach": reach.writes}
   result |= {"seed": config.seed, "method": config.method}
   result |= {"base": exp.base.name}
   far = list(config.eval.distances)

@@ -7,7 +7,7 @@ Source: our choice; M+ (arXiv 2502.00592) section 4.2 asks one memory after
 another, after each further write.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -112,18 +112,3 @@ def _make_memory(model, world, shape, writes, distances, retrieve):
     return *at, jax.tree.map(lambda x: x.sum(), alone)
 
   return run
-
-
-def reach(rates: Mapping[str, float], distances: Sequence[int]) -> int:
-  """Say how far back a memory reaches, in writes; -1: not even to the newest.
-
-  The largest distance that is answered better than halfway between the newest
-  document and no memory at all.
-  Source: our choice.
-
-  Args:
-    rates: of an exam, whose distances begin with 0.
-  """
-  half = (rates["right/0"] + rates["right/alone"]) / 2
-  far = [at for at in distances if rates[f"right/{at}"] > half]
-  return max(far, default=-1)

@@ -217,14 +217,6 @@ def test_a_merge_of_states_keeps_ages_in_writes():
   mplus_state.check_state(MPLUS, state)
 
 
-def test_reach():
-  rates = {"right/alone": 10.0, "right/0": 90.0, "right/4": 51.0}
-  rates["right/8"] = 49.0
-  assert mplus_exam.reach(rates, (0, 4, 8)) == 4
-  rates = {"right/alone": 10.0, "right/0": 10.0, "right/4": 10.0}
-  assert mplus_exam.reach(rates, (0, 4)) == -1
-
-
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
