@@ -88,7 +88,7 @@ def test_files(lm, tmp_path):
 
 def test_chat_has_its_format_and_no_bos(lm, monkeypatch):
   """Turns end an answer too; without the tokens there is no chat."""
-  tokenizer = small.tokenizer.__wrapped__()
+  tokenizer = small.tokenizer()
   marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
   tokenizer.add_special_tokens({"additional_special_tokens": marks})
   monkeypatch.setattr(lm, "tokenizer", tokenizer)

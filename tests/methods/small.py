@@ -1,7 +1,5 @@
 """A language model and facts small enough to train in a test."""
 
-import functools
-
 import jax
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,7 +17,6 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 MARKS = ("<|user|>", "<|assistant|>", "\n")
 
 
-@functools.cache
 def tokenizer():
   """One token per word of WORDS, MARKS and SPECIAL."""
   vocab = {w: i for i, w in enumerate((*SPECIAL, *MARKS, *WORDS))}
