@@ -73,7 +73,7 @@ def _memory() -> ConfigDict:
       "match": "self",  # the paper's loss; or softmax
       "match_weight": 0.1,  # lambda
       "temperature": 0.1,  # of the softmax
-      "match_pool": "mean",
+      "match_pool": "mean",  # or flatten, tokenwise_mean, maxsim
       "match_norm": "unit",  # or raw_scaled
       "vq_commitment": 0.25,  # MBC, as the next three
       "vq_weight": 1.0,

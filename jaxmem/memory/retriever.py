@@ -5,7 +5,9 @@
 
 Source: CMT (arXiv 2412.07393): a self-matching loss and the most relevant
 memories at query time. How C vectors become one, and that the score is what the
-loss trains, is our reading; `POOLS` and `SCORES` are the alternatives.
+loss trains, is our reading; `POOLS` are the alternatives, of which "maxsim" is
+ColBERT's (arXiv 2004.12832): its keys keep all vectors, and each of a
+question's is compared with the one that is nearest to it (`products`).
 
 Axes: C vectors of a text, D width, E key width, B documents or questions, G
 questions, M slots of a bank, R retrieved. Norms, losses and scores in float32.
@@ -20,8 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 # C vectors to one key: E = D of mean, or C D.
-POOLS = ("mean", "flatten", "tokenwise_mean")
-SCORES = (*POOLS, "maxsim")  # of two texts
+POOLS = ("mean", "flatten", "tokenwise_mean", "maxsim")
 _SHORT = 1e-6  # a vector below this norm has no direction: its unit is zero
 _ONCE = 1 << 23  # scores that top_k holds at once by default, 32 MiB
 _BLOCK_SCORES = 1 << 17  # of a block where there are more: in a core's cache
@@ -43,8 +44,9 @@ def pooled(memories: Float[Array, "*B C D"], how: str = "mean") -> jax.Array:
 
   Args:
     memories: memory vectors of one text, or of several.
-    how: of POOLS; products of keys are, of tokenwise_mean, the mean cosine of
-      the vectors in the same place.
+    how: of POOLS. `products` of keys are, of tokenwise_mean, the mean cosine of
+      the vectors in the same place; of maxsim, whose keys are the same and have
+      C parts, each question vector's highest cosine, averaged.
 
   Returns: [*B, D] of mean, [*B, C D] of the others.
 
@@ -56,29 +58,37 @@ def pooled(memories: Float[Array, "*B C D"], how: str = "mean") -> jax.Array:
   vectors = memories.astype(jnp.float32)
   if how == "mean":
     return _unit(vectors.mean(axis=-2))
-  if how == "tokenwise_mean":
+  if how != "flatten":
     vectors = _unit(vectors)
   return _unit(vectors.reshape(*vectors.shape[:-2], -1))
 
 
-def score(
-  question: Float[Array, "C D"], memory: Float[Array, "K D"], how: str = "mean"
-) -> Float[Array, ""]:
-  """Compare two texts: in [-1, 1].
+def products(
+  query: Float[Array, "B E"], keys: Float[Array, "M E"], parts: int = 1
+) -> Float[Array, "B M"]:
+  """Score every query against every key, in float32 on every device.
 
   Args:
-    how: of SCORES: the cosine of their keys, or each question vector's highest
-      cosine, averaged.
+    parts: vectors in a key, C of maxsim: the highest product of each of the
+      query's with any of the key's, added up. The B x M products of C x C
+      vectors are held at once.
 
   Raises:
-    ValueError: an unknown score.
+    ValueError: a width that is no multiple of parts.
   """
-  if how not in SCORES:
-    raise ValueError(f"score {how!r} does not exist; allowed: {SCORES}")
-  if how in POOLS:
-    return pooled(question, how) @ pooled(memory, how)
-  question, memory = (_unit(x.astype(jnp.float32)) for x in (question, memory))
-  return (question @ memory.T).max(axis=1).mean()
+  if parts < 1 or query.shape[1] % parts:
+    raise ValueError(
+      f"keys of width {query.shape[1]} do not fall into {parts} parts; give "
+      "the number of vectors that `pooled` made them of"
+    )
+  multiply = functools.partial(
+    jnp.matmul, precision="highest", preferred_element_type=jnp.float32
+  )
+  if parts == 1:
+    return multiply(query, keys.T)
+  query, keys = (x.reshape(len(x) * parts, -1) for x in (query, keys))
+  every = multiply(query, keys.T).reshape(len(query) // parts, parts, -1, parts)
+  return every.max(axis=3).sum(axis=1)
 
 
 def _unit(x):
@@ -93,10 +103,11 @@ def top_k(
   valid: Bool[Array, "M"],
   k: int,
   *,
+  parts: int = 1,
   block: int | None = None,
   axis_name: Hashable | None = None,
 ) -> Retrieved:
-  """Find the k valid slots whose keys have the highest products with a query.
+  """Find the k valid slots whose keys have the highest `products` with a query.
 
   Exact, in float32 products on every device. Keys are read block by block, so
   that no more than B x block scores are held. Within a block, groups of 16
@@ -109,6 +120,7 @@ def top_k(
     keys: [M, E]; with axis_name those of this device.
     valid: [M].
     k: R; where fewer slots are valid the rest of the result is not.
+    parts: vectors in a key, see `products`.
     block: slots scored at a time; None: all up to 2^23 scores, and of more as
       many as give 2^17, which a core's cache holds. Give an accelerator more.
     axis_name: of the devices that hold equal shards of the keys, inside
@@ -131,8 +143,8 @@ def top_k(
     raise ValueError(f"top_k block is {block}; at least 1 slot")
   query, keys = jax.lax.stop_gradient((query, keys))
   if block is None:
-    block = _default_block(query.shape[0], slots)
-  values, index = _scan(query, keys, valid, min(k, slots), block)
+    block = _default_block(query.shape[0] * parts**2, slots)
+  values, index = _scan(query, keys, valid, min(k, slots), block, parts)
   if axis_name is not None:
     index = index + jax.lax.axis_index(axis_name) * slots
     values, index = (
@@ -151,7 +163,7 @@ def _default_block(rows, slots):
   return min(max(_BLOCK_SCORES // rows, 1024), 16384)
 
 
-def _scan(query, keys, valid, k, block):
+def _scan(query, keys, valid, k, block, parts):
   """The k best of one device: values and slots [B, k]."""
   slots, rows = keys.shape[0], query.shape[0]
   block = min(block, slots)
@@ -159,9 +171,7 @@ def _scan(query, keys, valid, k, block):
   groups = -(-block // group)  # members of a group are that far apart
 
   def scored(keys, valid):
-    scores = jnp.matmul(
-      query, keys.T, precision="highest", preferred_element_type=jnp.float32
-    )
+    scores = products(query, keys, parts)
     if missing := groups * group - block:
       scores = jnp.pad(scores, ((0, 0), (0, missing)))
       valid = jnp.pad(valid, (0, missing))
@@ -231,14 +241,16 @@ def self_match(
   doc_id: Int[Array, "B"],
   *,
   weight: float | int = 0.1,
+  parts: int = 1,
   vectors: Float[Array, "B F"] | None = None,
 ) -> Float[Array, "G"]:
   """Pull a question to its document, and that one away from the others.
 
     -cos(q, M^i) + weight log sum_{j != i} exp(-|M^i - M^j|^2)
 
-  Source: CMT, the self-matching loss. Our reading: the squared distance is that
-  of unit keys, 2 - 2 cos; of raw memories exp(..) is 0 in float32. A document
+  Source: CMT, the self-matching loss. Our reading: cos is what documents are
+  retrieved by, `products`, and the squared distance is that of unit keys,
+  2 - 2 cos; of raw memories exp(..) is 0 in float32. A document
   with the id of M^i is no j; without any j the second term is 0.
 
   Args:
@@ -247,14 +259,16 @@ def self_match(
       none is finite and for the caller to leave out.
     doc_id: of the documents.
     weight: lambda.
+    parts: vectors in a key, see `products`.
     vectors: raw memories, flattened: their squared distances over F take the
       place of those of the keys ("raw_scaled").
 
   Returns: a loss for each question.
   """
-  near = (question_keys * document_keys[own]).sum(axis=-1)
+  near = products(question_keys, document_keys, parts)
+  near = jnp.take_along_axis(near, own[:, None], axis=1)[:, 0]
   if vectors is None:
-    away = 2 - 2 * document_keys[own] @ document_keys.T
+    away = 2 - 2 * products(document_keys[own], document_keys, parts)
   else:
     vectors = vectors.astype(jnp.float32)
     square = jnp.square(vectors).sum(axis=1)
@@ -274,6 +288,7 @@ def softmax_match(
   doc_id: Int[Array, "B"],
   *,
   temperature: float | int = 0.1,
+  parts: int = 1,
 ) -> Float[Array, "G"]:
   """Let a question choose its document among all: -log softmax(cos / t)[own].
 
@@ -284,7 +299,7 @@ def softmax_match(
 
   Returns: a loss for each question, in nats.
   """
-  scores = question_keys @ document_keys.T / temperature
+  scores = products(question_keys, document_keys, parts) / temperature
   rows = jnp.arange(document_keys.shape[0])
   again = doc_id[None] == doc_id[own][:, None]
   again &= rows[None] != (own % rows.size)[:, None]

@@ -144,8 +144,7 @@ def retrieve(
   """
   number = reading.retrieved
   if reading.score == "match":
-    queries = retriever.pooled(question, model.settings.match_pool)
-    found = retriever.top_k(queries, state.key, state.valid, number)
+    found = _best(model, state, question, number)
     close = found.values[:, :1] >= reading.min_match
     return found._replace(valid=found.valid & close)
   if reading.score == "bm25":
@@ -171,8 +170,16 @@ def best_match(
   question = cmt.compress(
     model, weights.frozen, weights.params, batch.asked, question=True
   )
-  queries = retriever.pooled(question, model.settings.match_pool)
-  return retriever.top_k(queries, state.key, state.valid, 1).values[:, 0]
+  return _best(model, state, question, 1).values[:, 0]
+
+
+def _best(model, state, question, number):
+  """The documents that match each question [B, C, D] most."""
+  settings = model.settings
+  queries = retriever.pooled(question, settings.match_pool)
+  return retriever.top_k(
+    queries, state.key, state.valid, number, parts=settings.key_parts
+  )
 
 
 def _slots_of(state: bank.Bank, ids: jax.Array) -> retriever.Retrieved:
@@ -214,10 +221,11 @@ def aggregate(
   bias = None
   if settings.score_weight:
     queries = retriever.pooled(question, settings.match_pool)
+    match = functools.partial(retriever.products, parts=settings.key_parts)
     if found is None:
-      scores = queries @ state.key.T
+      scores = match(queries, state.key)
     else:
-      scores = jnp.einsum("BE,BRE->BR", queries, state.key[index])
+      scores = jax.vmap(match)(queries[:, None], state.key[index])[:, 0]
     bias = settings.score_weight * scores
   if settings.aggregation == "hierarchical":
     return jax.vmap(

@@ -273,18 +273,21 @@ def _match(model, question, bank, own):
   settings = model.settings
   queries = retriever.pooled(question, settings.match_pool)
   keys = retriever.pooled(bank.memories, settings.match_pool)
-  scores = queries @ keys.T
+  parts = settings.key_parts
+  scores = retriever.products(queries, keys, parts)
   if settings.match == "softmax":
     loss = retriever.softmax_match(
-      queries, keys, own, bank.ids, temperature=settings.temperature
-    )
+      queries, keys, own, bank.ids, temperature=settings.temperature,
+      parts=parts,
+    )  # fmt: skip
     return loss, scores
   vectors = None
   if settings.match_norm == "raw_scaled":
     vectors = bank.memories.reshape(len(bank.ids), -1)
   loss = retriever.self_match(
-    queries, keys, own, bank.ids, weight=settings.match_weight, vectors=vectors
-  )
+    queries, keys, own, bank.ids, weight=settings.match_weight, parts=parts,
+    vectors=vectors,
+  )  # fmt: skip
   return loss, scores
 
 

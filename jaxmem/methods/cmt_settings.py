@@ -7,7 +7,7 @@ COMPRESSORS = ("lm_lora", "t5")
 OUTPUTS = ("none", "linear", "mlp")
 INJECTORS = ("mac_slots", "bottleneck", "linear")
 MATCHES = ("self", "softmax")
-POOLS = ("mean", "flatten", "tokenwise_mean")
+POOLS = ("mean", "flatten", "tokenwise_mean", "maxsim")
 NORMS = ("unit", "raw_scaled")
 AWARE = ("train+decode", "train", "decode", "off")
 PREFIX_POSITIONS = ("offset", "zero")
@@ -126,6 +126,11 @@ class Settings:
   def prefix_rows(self) -> int:
     """P, rows that the injector puts before a question."""
     return self.prefix_len if self.injector == "mac_slots" else self.tokens
+
+  @property
+  def key_parts(self) -> int:
+    """Vectors in a key of the bank, see `retriever.products`."""
+    return self.tokens if self.match_pool == "maxsim" else 1
 
   @property
   def train_alpha(self) -> float | int:

@@ -184,37 +184,75 @@ def test_keys_and_scores_by_hand():
     "maxsim": (0 + 1) / 2,
   }
 
+  def score(a, b, how):
+    keys = (retriever.pooled(x[None], how) for x in (a, b))
+    return retriever.products(*keys, C if how == "maxsim" else 1)[0, 0]
+
   @jax.jit
   def run(text, other):
     half = jnp.stack([text, -text]).astype(jnp.bfloat16)
     keys = [retriever.pooled(x) for x in (text, half)]
     keys.append(retriever.pooled(text, "flatten"))
     scores = [
-      (retriever.score(text, other, how), retriever.score(text, 7 * text, how))
-      for how in wanted
+      (score(text, other, how), score(text, 7 * text, how)) for how in wanted
     ]
-    more = jnp.concatenate([other, text[:1]])
-    return keys, scores, retriever.score(text, more, "maxsim")
+    # The nearest vector may stand elsewhere, and both ways are not the same.
+    turned = [score(text, text[::-1], how) for how in retriever.POOLS[2:]]
+    one = jnp.stack([text[0], text[0]])
+    return keys, scores, turned, score(one, text, "maxsim")
 
-  (mean, both, flat), scores, anywhere = run(text, other)
+  (mean, both, flat), scores, turned, anywhere = run(text, other)
   np.testing.assert_allclose(mean, [0.6, 0.8], rtol=1e-6)
   np.testing.assert_allclose(flat, [0.6, 0, 0, 0.8], rtol=1e-6)
   assert both.dtype == jnp.float32
   np.testing.assert_allclose(both, [[0.6, 0.8], [-0.6, -0.8]], rtol=1e-6)
   want = [(value, 1) for value in wanted.values()]
   np.testing.assert_allclose(scores, want, rtol=1e-6)
-  assert anywhere == 1
+  np.testing.assert_allclose(turned, [0, 1], atol=1e-6)
+  np.testing.assert_allclose(anywhere, 1, rtol=1e-6)
 
 
 def test_a_text_of_zeros_has_no_direction_and_no_gradient():
-  other = _draw(2, C, D)
+  other = _draw(2, 1, C, D)
 
   def scores(zeros):
-    return [retriever.score(zeros, other, how) for how in retriever.SCORES]
+    return [
+      retriever.products(
+        *(retriever.pooled(x, how) for x in (zeros, other)),
+        C if how == "maxsim" else 1,
+      )
+      for how in retriever.POOLS
+    ]
 
-  zeros = jnp.zeros((C, D))
+  zeros = jnp.zeros((1, C, D))
   values, grads = jax.jit(lambda x: (scores(x), jax.jacrev(scores)(x)))(zeros)
   assert not np.any(values) and not np.any(grads)
+
+
+def _maxsim(question, document):
+  """Each question vector's highest cosine, averaged, in a loop."""
+  total = 0.0
+  for q in np.asarray(question, np.float64):
+    total += max(
+      q @ d / np.linalg.norm(q) / np.linalg.norm(d)
+      for d in np.asarray(document, np.float64)
+    )
+  return total / len(question)
+
+
+def test_maxsim_of_a_bank_equals_a_loop():
+  questions, documents = _draw(7, B, C, D), _draw(8, 24, C, D)
+  keys = [retriever.pooled(x, "maxsim") for x in (questions, documents)]
+  want = np.array([[_maxsim(q, d) for d in documents] for q in questions])
+  valid = np.arange(24) % 3 > 0
+  top = jax.jit(functools.partial(retriever.top_k, k=3, parts=C, block=10))
+  found = top(*keys, jnp.asarray(valid))
+  want = np.where(valid[None], want, -np.inf)
+  order = np.argsort(-want, axis=1)[:, :3]
+  np.testing.assert_array_equal(found.index, order)
+  np.testing.assert_allclose(
+    found.values, np.take_along_axis(want, order, axis=1), rtol=1e-5
+  )
 
 
 DOCUMENTS, QUESTIONS = (retriever.pooled(_draw(i, 5, C, D)) for i in (3, 4))
@@ -246,6 +284,33 @@ def test_self_match_by_equation():
     got = jax.jit(match)(*given, vectors=vectors)
     want = _self_by_equation(*given, 0.3, vectors)
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_matching_losses_of_maxsim():
+  """What documents are retrieved by is what is trained, in both losses."""
+  questions, documents = _draw(4, 5, C, D), _draw(3, 5, C, D)
+  keys = [retriever.pooled(x, "maxsim") for x in (questions, documents)]
+
+  @jax.jit
+  def run(*keys):
+    given = (*keys, OWN, jnp.arange(5))
+    return (
+      retriever.self_match(*given, weight=0.3, parts=C),
+      retriever.softmax_match(*given, temperature=0.5, parts=C),
+    )
+
+  own, chosen = run(*keys)
+  for g, i in enumerate(OWN.tolist()):
+    near = np.array([_maxsim(questions[g], d) for d in documents])
+    away = [
+      2 - 2 * _maxsim(documents[i], documents[j]) for j in range(5) if j != i
+    ]
+    spread = np.log(np.exp(-np.array(away)).sum())
+    np.testing.assert_allclose(own[g], -near[i] + 0.3 * spread, rtol=1e-5)
+    scores = np.exp(near / 0.5)
+    np.testing.assert_allclose(
+      chosen[g], -np.log(scores[i] / scores.sum()), rtol=1e-5
+    )
 
 
 def test_self_match_where_there_is_nothing_to_push():
@@ -315,5 +380,5 @@ def test_errors():
     retriever.top_k(QUERY, KEYS, VALID, 2, block=0)
   with pytest.raises(ValueError, match="'sum' does not exist.*'flatten'"):
     retriever.pooled(KEYS, "sum")
-  with pytest.raises(ValueError, match="'dot' does not exist.*'maxsim'"):
-    retriever.score(KEYS, KEYS, "dot")
+  with pytest.raises(ValueError, match="width 8 do not fall into 3 parts"):
+    retriever.products(QUERY, KEYS, 3)

@@ -321,6 +321,7 @@ def test_aligned_start_looks_up_by_likeness():
     ({"alpha": -1.0}, "alpha is -1.0"),
     ({"memory_aware": "yes"}, "memory_aware is 'yes'"),
     ({"window": 1}, "window is 1"),
+    ({"match_pool": "max"}, "match_pool is 'max'; allowed: .*maxsim"),
   ],
 )
 def test_wrong_settings(changes, message):

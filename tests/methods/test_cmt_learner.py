@@ -133,6 +133,38 @@ def test_everything_retrieved_is_the_whole_bank():
   assert outs[0].sources.shape[1] == 0
 
 
+def test_a_bank_that_is_searched_by_maxsim():
+  """Scores and biases by a loop over the vectors that it keeps."""
+  model = model_of(match_pool="maxsim", score_weight=2.0)
+  learner = learner_of(model)
+  state, batch = read(learner), learner.encode_questions(QUESTIONS)
+  assert state.key.shape == (8, 3 * small.CONFIG.hidden_size)
+  rng = np.random.default_rng(0)
+  question = jnp.asarray(
+    rng.normal(size=(4, 3, small.CONFIG.hidden_size)), jnp.float32
+  )
+  found = cmt_learner.retrieve(model, READING, state, question, batch)
+  unit = [
+    np.asarray(x) / np.linalg.norm(x, axis=-1, keepdims=True)
+    for x in (question, state.memories[:6])
+  ]
+  want = np.einsum("bcd,mkd->bmck", *unit).max(-1).mean(-1)
+  order = np.argsort(-want, axis=1)[:, :3]
+  np.testing.assert_array_equal(found.index, order)
+  np.testing.assert_allclose(
+    found.values, np.take_along_axis(want, order, axis=1), rtol=1e-4
+  )
+  run = functools.partial(cmt_learner.aggregate, model, params_of(model))
+  some, every = run(state, question, found), run(state, question, None)
+  assert some.shape == every.shape == question.shape
+  whole = cmt_learner.retrieve(
+    model, dataclasses.replace(READING, retrieved=8), state, question, batch
+  )
+  np.testing.assert_allclose(
+    run(state, question, whole), every, rtol=1e-4, atol=1e-4
+  )
+
+
 def test_a_question_that_nothing_matches_draws_on_nothing():
   _, state = _read_plain()
   model = model_of(alpha=0.5)
