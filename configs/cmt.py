@@ -81,6 +81,8 @@ def _memory() -> ConfigDict:
       "vq_threshold": 1e-4,
       "kv_lora_alpha": 64.0,  # MBC
       "kv_lora_layers": 16,  # the last ones; MBC
+      "kv_lora_dropout": None,  # between its A and B; MBC 0.05
+      "base_dropout": 0.0,  # MAC, MBC: GPT-2's own, 0.1; others have none
       "answer_labels": 24,  # tokens of an answer; MAC
       "t5_mask_bug": False,  # attend to padding, as MAC's code does
     }
@@ -253,6 +255,7 @@ def _tiny(config: ConfigDict) -> None:
       "lora_rank": 16,
       "lora_alpha": 32.0,
       "lora_dropout": 0.0,
+      "kv_lora_dropout": 0.0,
       "lora_targets": (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
         "down_proj",
@@ -331,6 +334,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.export_dtype = "float32"  # or bfloat16
   config.profile = ()  # (start, n): trace these steps
   # T5s that the compressors start from, with memory.compressor=t5 (MAC, MBC).
+  # In training they drop what their config.json says (0.1), as in MAC's code.
   config.t5 = ConfigDict({"documents": "", "questions": ""})
   config.data = _data()
   config.memory = _memory()

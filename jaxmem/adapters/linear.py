@@ -28,6 +28,7 @@ def linear(
   *,
   rng: jax.Array | None = None,
   dropout: float | int = 0.0,
+  rank_dropout: float | int = 0.0,
 ) -> jax.Array:
   """Return x W + b, changed by the chosen adapter.
 
@@ -43,8 +44,9 @@ def linear(
     index: integers 0..n over the leading axes of x ([B] or [B, T]); 0 is the
       base model alone. None means adapter 1 everywhere and needs n = 1.
     rng: key for dropout of the low-rank term's input (for DoRA, of both its
-      terms); consumed once.
-    dropout: probability in [0, 1) of dropping an input; used only with `rng`.
+      terms) and between its A and B; None drops nothing.
+    dropout: probability in [0, 1) of dropping an input.
+    rank_dropout: of dropping one of the A entries between A and B (MBC's code).
 
   Returns: [..., out].
 
@@ -53,7 +55,7 @@ def linear(
       x's, several adapters without an index, or dropout outside [0, 1).
   """
   if adapter is not None:
-    _check(x, adapter, index, dropout)
+    _check(x, adapter, index, dropout, rank_dropout)
     if "ia3_in" in adapter:
       x = x * _chosen(adapter["ia3_in"], index, x)
   kernel = weights["kernel"].astype(x.dtype)
@@ -69,16 +71,28 @@ def linear(
   if "lora_A" not in adapter:
     return y
   if rng is not None and dropout > 0:
-    keep = jax.random.bernoulli(rng, 1 - dropout, x.shape)
-    x = jnp.where(keep, x / (1 - dropout), 0)
-    product = None
-  change = _low_rank(x, adapter, index)
+    x, product = drop(x, rng, dropout), None
+  rng = None if rng is None else jax.random.fold_in(rng, 0)
+  change = _low_rank(x, adapter, index, rng, rank_dropout)
   if "magnitude" in adapter:
     factor = adapter["magnitude"] / column_norms(weights["kernel"], adapter)
     factor = _chosen(factor, index, x)
     again = _product(x, kernel) if product is None else product
     change = (factor - 1) * again + factor * change
   return y + change
+
+
+def drop(x: jax.Array, rng: jax.Array | None, rate: float | int) -> jax.Array:
+  """Set entries to zero with probability `rate`, and scale the others up.
+
+  Args:
+    rng: consumed once; None drops nothing.
+    rate: in [0, 1).
+  """
+  if rng is None or rate == 0:
+    return x
+  keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), 0)
 
 
 def column_norms(
@@ -110,14 +124,15 @@ def columns_from(
   }
 
 
-def _check(x, adapter, index, dropout):
+def _check(x, adapter, index, *dropouts):
   unknown = sorted(set(adapter) - _KNOWN)
   if unknown:
     raise ValueError(
       f"adapter has unknown entries {unknown}; known: {sorted(_KNOWN)}"
     )
-  if not 0 <= dropout < 1:
-    raise ValueError(f"adapter dropout is {dropout}; it must be in [0, 1)")
+  for rate in dropouts:
+    if not 0 <= rate < 1:
+      raise ValueError(f"adapter dropout is {rate}; it must be in [0, 1)")
   n = next(iter(adapter.values())).shape[0]
   if index is None and n != 1:
     raise ValueError(
@@ -149,7 +164,7 @@ def _product(x, kernel):
   return (flat @ kernel).reshape(x.shape[:-1] + kernel.shape[-1:])
 
 
-def _low_rank(x, adapter, index):
+def _low_rank(x, adapter, index, rng, dropout):
   down = adapter["lora_A"].astype(x.dtype)
   up = adapter["lora_B"].astype(x.dtype)
   scale = jax.lax.stop_gradient(adapter["scale"]).astype(x.dtype)
@@ -159,11 +174,13 @@ def _low_rank(x, adapter, index):
     mask = jax.lax.stop_gradient(adapter["mask"]).astype(x.dtype)
     up = up * mask[:, None, :]
   if index is None:
-    return _product(_product(x, down[0]) * scale[0], up[0])
+    low = drop(_product(x, down[0]) * scale[0], rng, dropout)
+    return _product(low, up[0])
   n, lead = down.shape[0], x.shape[:-1]
   chosen = jax.nn.one_hot(index - 1, n, dtype=x.dtype) * scale.reshape(
     (1,) * index.ndim + (n,)
   )
   chosen = chosen.reshape(index.shape + (1,) * (len(lead) - index.ndim) + (n,))
   low = jnp.einsum("...i,nia->...na", x, down) * chosen[..., None]
+  low = drop(low, rng, dropout)
   return jnp.einsum("...na,nao->...o", low, up)

@@ -47,6 +47,20 @@ class Model(NamedTuple):
   remat: bool = False  # of the language model's layers
 
   @property
+  def drops(self) -> bool:
+    """Whether training draws anything; T5s drop as their config.json says."""
+    settings = self.settings
+    rates = [settings.base_dropout]
+    if settings.compressor == "lm_lora":
+      rates.append(settings.lora_dropout)
+    else:
+      t5s = (self.document_t5, self.question_t5)
+      rates += [t5.dropout_rate for t5 in t5s if t5 is not None]
+    if settings.kv_lora_rank:
+      rates.append(settings.kv_lora_dropout)
+    return any(rates)
+
+  @property
   def prefix_start(self) -> int:
     """Position of a question's first token behind a prefix."""
     offset = self.settings.prefix_positions == "offset"
@@ -68,7 +82,7 @@ def compress(
     texts: ids [B, T] with their valid mask.
     question: whether these are questions: they have slots of their own, or,
       without share_question_encoder, a compressor of their own.
-    rng: turns adapter dropout on.
+    rng: turns dropout of the adapter, or of a T5, on.
   """
   settings, weights = model.settings, params["compressor"]
   own = question and not settings.share_question_encoder
@@ -154,8 +168,14 @@ def read(
   params: Params,
   texts: Texts,
   prefix: decoder.Prefix | None,
+  *,
+  rng: jax.Array | None = None,
 ) -> Float[Array, "G A D"]:
-  """Run the frozen model over texts, behind a prefix if there is one."""
+  """Run the frozen model over texts, behind a prefix if there is one.
+
+  Args:
+    rng: turns dropout of the model and of its adapter on.
+  """
   start = 0 if prefix is None else model.prefix_start
   count = jnp.cumsum(texts.valid, axis=1, dtype=jnp.int32)
   return decoder.apply(
@@ -166,6 +186,9 @@ def read(
     valid=texts.valid,
     prefix=prefix,
     adapters=params.get("kv_lora"),
+    rng=rng,
+    rank_dropout=model.settings.kv_lora_dropout,
+    dropout=model.settings.base_dropout,
     constrain=model.constrain,
     remat=model.remat,
     dtype=model.dtype,

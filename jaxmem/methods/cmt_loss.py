@@ -89,7 +89,7 @@ def compress_batch(
   if rng is not None:
     rng_codes, rng = jax.random.split(rng)
     rng = jax.random.fold_in(rng, gather.index())
-    rng = rng if model.settings.drops else None
+    rng = rng if model.drops else None
   local, vq, memory = _documents(
     model, frozen, params, batch, memory, gather, rng, rng_codes
   )
@@ -139,9 +139,12 @@ def make_loss(model: Model) -> Callable:
     latents = aggregate_batch(
       model, params, found.question, found.bank, found.scores, found.own
     )
+    drop = None
+    if rng is not None and model.drops:  # other keys than those of texts
+      drop = jax.random.fold_in(jax.random.fold_in(rng, 1), gather.index())
     nll, hit = answer_loss(
       model, frozen, params, found.answers, labels,
-      to_prefix(model, params, latents),
+      to_prefix(model, params, latents), rng=drop,
     )  # fmt: skip
     answered = counted & (found.own >= 0)
     right = (hit.sum(axis=1) == labels.sum(axis=1)) & counted
@@ -333,6 +336,7 @@ def answer_loss(
   prefix: decoder.Prefix | None,
   *,
   most: int | None = None,
+  rng: jax.Array | None = None,
 ) -> tuple[Float[Array, "G Y"], Bool[Array, "G Y"]]:
   """Score the answers' tokens behind a prefix, by adjusted logits.
 
@@ -340,6 +344,7 @@ def answer_loss(
     texts: question and answer.
     labels: tokens that are scored.
     most: of a row, Y; None: settings.answer_labels.
+    rng: turns dropout on, but in l(y | q), which nothing is learned by.
 
   Returns: nats per label, 0 where there is none, and whether it is the
     likeliest token.
@@ -349,7 +354,7 @@ def answer_loss(
   index = index[:, : settings.answer_labels if most is None else most]
   ids = jnp.take_along_axis(texts.ids[:, 1:], index, axis=1)
   valid = jnp.take_along_axis(labels[:, 1:], index, axis=1)
-  hidden = read(model, frozen, params, texts, prefix)
+  hidden = read(model, frozen, params, texts, prefix, rng=rng)
   alpha = settings.train_alpha
   if alpha:
     plain = jax.lax.stop_gradient(read(model, frozen, {}, texts, None))

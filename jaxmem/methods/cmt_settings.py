@@ -78,6 +78,10 @@ class Settings:
   kv_lora_rank: int = 0  # adapter of the model's keys and values; 0: none
   kv_lora_alpha: float | int = 64.0  # MBC
   kv_lora_layers: int = 16  # the last so many (MBC)
+  kv_lora_dropout: float | int = 0.0  # between its A and B (MBC: 0.05)
+  # Of the language model itself while answers are learned, where GPT-2 was
+  # trained with it. MAC and MBC leave it on (0.1); the others have none.
+  base_dropout: float | int = 0.0
   t5_mask_bug: bool = False  # attend to padding, as MAC's code does
 
   def __post_init__(self):
@@ -119,8 +123,9 @@ class Settings:
       raise ValueError(f"temperature is {self.temperature}; must be above 0")
     if not 0 < self.keep <= 1:
       raise ValueError(f"keep is {self.keep}; must be in (0, 1]")
-    if not 0 <= self.lora_dropout < 1:
-      raise ValueError(f"lora_dropout is {self.lora_dropout}; in [0, 1)")
+    for name in ("lora_dropout", "kv_lora_dropout", "base_dropout"):
+      if not 0 <= getattr(self, name) < 1:
+        raise ValueError(f"{name} is {getattr(self, name)}; in [0, 1)")
 
   @property
   def prefix_rows(self) -> int:
@@ -141,11 +146,6 @@ class Settings:
   def decode_alpha(self) -> float | int:
     """Alpha when answers are generated."""
     return self.alpha if self.memory_aware.endswith("decode") else 0.0
-
-  @property
-  def drops(self) -> bool:
-    """Whether training draws anything."""
-    return self.lora_dropout > 0 and self.compressor == "lm_lora"
 
   def num_kept(self, documents: int) -> int:
     """How many of a row's documents get a gradient."""

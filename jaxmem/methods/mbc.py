@@ -3,7 +3,7 @@
 Every memory vector becomes the nearest of `num_codes` codes, and keys and
 values of the language model's last layers get an adapter.
 Source: MBC (arXiv 2601.00756) and its code (Thomkat/MBC), whose state dicts
-`mac_files` reads.
+`mbc_files` reads; what they share with MAC's, `mac_files`.
 """
 
 from typing import Any
@@ -18,5 +18,5 @@ def settings(**changes: Any) -> Settings:
   Args:
     changes: fields of `Settings` to set otherwise.
   """
-  own = {"num_codes": 512, "kv_lora_rank": 32}
+  own = {"num_codes": 512, "kv_lora_rank": 32, "kv_lora_dropout": 0.05}
   return mac.settings(**(own | changes))

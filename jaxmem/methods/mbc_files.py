@@ -7,8 +7,7 @@ Its code (Thomkat/MBC) names them
 
 where the projections are those of keys and values, in the last layers. GPT-2
 has one for both, whose queries (the first third of its columns) are left alone:
-there out is 2 D. In training that code drops entries between A and B, ours of
-A's input.
+there out is 2 D.
 """
 
 import pathlib

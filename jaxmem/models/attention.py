@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmem.adapters.linear import drop
 from jaxmem.models import blockwise
 
 # Scores of one call (B * N * T * S) from which on they are not held at once:
@@ -53,6 +54,8 @@ def attention(
   scale: float,
   ordered: bool = False,
   block: int | None = None,
+  rng: jax.Array | None = None,
+  dropout: float | int = 0.0,
 ) -> Float[Array, "B T N H"]:
   """Attend from every query to the rows of `parts` that it may see.
 
@@ -74,6 +77,8 @@ def attention(
       size. All are exact; the blockwise one recomputes scores in the backward
       pass and never holds more than a block of them. So does the fused one,
       taken in its place on NVIDIA GPUs at 16-bit precision.
+    rng, dropout: key and probability of dropping a weight w_tj, folded with the
+      part; where weights are dropped all scores are held, whatever their size.
 
   Returns: in the dtype of `query`. Scores and softmax are float32.
 
@@ -90,13 +95,15 @@ def attention(
   )
   b, t, n, _ = query.shape
   args = (query, parts, query_positions, query_segments, window, scale)
+  if rng is not None and dropout > 0:
+    return _plain(*args, rng, dropout)
   if block is None:
     scores = b * n * t * sum(part.key.shape[-3] for part in parts)
     on_cpu = jax.default_backend() == "cpu"
     if scores >= PLAIN_LIMIT and _can_fuse(query):
       return _fused(*args, ordered)
     if scores < (PLAIN_LIMIT if on_cpu else DEVICE_PLAIN_LIMIT):
-      return _plain(*args)
+      return _plain(*args, None, 0.0)
     block = blockwise.BLOCK if on_cpu else DEVICE_BLOCK
   return blockwise.attention(*args, block)
 
@@ -177,8 +184,10 @@ def _check(query, parts, query_segments, ordered):
       raise ValueError("a part has segments: give query_segments too")
 
 
-@functools.partial(jax.checkpoint, static_argnums=(5,))
-def _plain(query, parts, query_positions, query_segments, window, scale):
+@functools.partial(jax.checkpoint, static_argnums=(5, 7))
+def _plain(
+  query, parts, query_positions, query_segments, window, scale, rng, dropout
+):
   """All scores at once.
 
   The backward pass computes the scores anew: on the CPU that is faster than
@@ -206,11 +215,15 @@ def _plain(query, parts, query_positions, query_segments, window, scale):
   total = sum(e.sum(axis=-1, keepdims=True) for e in exps)
   # Not a tiny number: its inverse square, in the second derivative, is inf.
   total = jnp.where(total > 0, total, 1.0)
+  keys = [rng if rng is None else jax.random.fold_in(rng, i) for i in
+          range(len(parts))]  # fmt: skip
   out = sum(
     blockwise.product(
-      (e / total).astype(query.dtype), part.value.swapaxes(-2, -3), -2
+      drop(e / total, key, dropout).astype(query.dtype),
+      part.value.swapaxes(-2, -3),
+      -2,
     )
-    for part, e in zip(parts, exps, strict=True)
+    for part, e, key in zip(parts, exps, keys, strict=True)
   )
   out = out.astype(query.dtype).reshape(b, kv_heads, n // kv_heads, t, h)
   return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

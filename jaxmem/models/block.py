@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxmem.adapters.linear import columns_from, linear
+from jaxmem.adapters.linear import columns_from, drop, linear
 from jaxmem.models import checks, rope
 from jaxmem.models.attention import Part, attention
 from jaxmem.models.cache import Cache, read, store
@@ -111,6 +111,7 @@ class _Maps(NamedTuple):
   index: jax.Array | None
   rng: jax.Array | None
   dropout: float
+  rank_dropout: float
 
   def __call__(self, x, group, name, *, columns=None):
     """Apply one projection, or only its output columns from `columns` on."""
@@ -124,8 +125,9 @@ class _Maps(NamedTuple):
     if rng is not None:
       rng = jax.random.fold_in(rng, PROJECTIONS.index((group, name)))
     return linear(
-      x, weights, adapter, self.index, rng=rng, dropout=self.dropout
-    )
+      x, weights, adapter, self.index, rng=rng, dropout=self.dropout,
+      rank_dropout=self.rank_dropout,
+    )  # fmt: skip
 
 
 def _heads(config, x, number):
@@ -190,7 +192,7 @@ def key_value(
 
   Returns: key and value, [..., P, K, H].
   """
-  maps = _Maps(layer, adapters, adapter_index, None, 0.0)
+  maps = _Maps(layer, adapters, adapter_index, None, 0.0, 0.0)
   return _key_value(config, maps, hidden)
 
 
@@ -239,6 +241,8 @@ def block(
   constrain: Callable[[jax.Array], jax.Array] | None = None,
   rng: jax.Array | None = None,
   adapter_dropout: float | int = 0.0,
+  rank_dropout: float | int = 0.0,
+  dropout: float | int = 0.0,
 ) -> BlockOutput:
   """Run one layer.
 
@@ -250,12 +254,15 @@ def block(
     prefix, past, adapters: this layer's, without the layer axis.
     cache: of all layers, with `layer_index` saying which one this is, or of
       this layer alone (no layer axis) with `layer_index` None.
-    rng: this layer's key for adapter dropout.
+    rng: this layer's key for dropout.
     Others as in `decoder.apply`.
   """
   gpt2 = config.family == "gpt2"
   constrain = constrain or (lambda x: x)
-  maps = _Maps(layer, adapters, adapter_index, rng, adapter_dropout)
+  maps = _Maps(
+    layer, adapters, adapter_index, rng, adapter_dropout, rank_dropout
+  )
+  rngs = _site_keys(rng, dropout)
   x = constrain(x)
   normed = norm(config, layer["ln_1" if gpt2 else "input_layernorm"], x)
   parts, aux = [], None
@@ -267,20 +274,33 @@ def block(
     found, aux = prefix_fn(normed, rows.valid, layer_state)
     retrieved = _prefix_part(config, maps, found, rows, x.dtype)
   attended, cache, written = _attend(
-    config, maps, normed, rows, window, parts, retrieved, cache, layer_index
-  )
+    config, maps, normed, rows, window, parts, retrieved, cache, layer_index,
+    rngs[0], dropout,
+  )  # fmt: skip
+  attended = drop(attended, rngs[1], dropout)
   middle = x + attended
   after = layer["ln_2" if gpt2 else "post_attention_layernorm"]
   mlp = _mlp(config, maps, norm(config, after, middle))
+  mlp = drop(mlp, rngs[2], dropout)
   out = constrain(middle + mlp)
   return BlockOutput(
     out, cache, aux, LayerTrace(x, attended, mlp, out), written
   )
 
 
+def _site_keys(rng, dropout):
+  """Keys of attention weights, of what attention adds, and of what MLP does."""
+  if rng is None or not dropout:
+    return [None] * 3
+  # The projections and a prefix have the numbers before these.
+  first = len(PROJECTIONS) + 1
+  return [jax.random.fold_in(rng, first + site) for site in range(3)]
+
+
 def _attend(
-  config, maps, normed, rows, window, parts, retrieved, cache, layer_index
-):
+  config, maps, normed, rows, window, parts, retrieved, cache, layer_index,
+  rng, dropout,
+):  # fmt: skip
   """Attention with its projections; also the cache and the rows stored."""
   query, key, value = _query_key_value(config, maps, normed)
   if rows.cos is not None:
@@ -303,6 +323,8 @@ def _attend(
     window=window,
     scale=config.head_dim**-0.5,
     ordered=cache is None and len(parts) == 1,
+    rng=rng,
+    dropout=dropout,
   )
   out = out.reshape(out.shape[:2] + (-1,))
   if config.family == "gpt2":

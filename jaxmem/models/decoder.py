@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxmem.adapters.linear import drop
 from jaxmem.models import checks
 from jaxmem.models.block import (
   BlockOutput,
@@ -243,6 +244,8 @@ def apply(
   remat: bool | Callable = False,
   rng: jax.Array | None = None,
   adapter_dropout: float | int = 0.0,
+  rank_dropout: float | int = 0.0,
+  dropout: float | int = 0.0,
   dtype=None,
 ) -> DecoderOutput:
   """Run the model over a batch.
@@ -274,8 +277,11 @@ def apply(
     constrain: identity with a sharding, applied to the stream at entry and
       exit of every block.
     remat: see `run_layers`.
-    rng: key for adapter dropout, folded with layer and projection.
+    rng: key for dropout, folded with layer and projection or site.
     adapter_dropout: probability of dropping an adapter's input.
+    rank_dropout: of dropping what is between an adapter's A and B.
+    dropout: of the model's own states, where GPT-2 was trained with it:
+      embeddings, attention weights, what attention and MLP add.
     dtype: of the stream; None is that of the embedding table.
 
   Raises:
@@ -292,16 +298,12 @@ def apply(
   windows = layer_windows(config)
   varying = isinstance(windows, jax.Array)
   body = _layer_body(
-    config,
-    layout(config, positions, valid, segments),
-    collect,
-    window=None if varying else windows,
-    prefix_fn=prefix_fn,
-    adapter_index=adapter_index,
-    constrain=constrain,
-    rng=rng,
-    adapter_dropout=adapter_dropout,
-  )
+    config, layout(config, positions, valid, segments), collect,
+    window=None if varying else windows, prefix_fn=prefix_fn,
+    adapter_index=adapter_index, constrain=constrain, rng=rng,
+    adapter_dropout=adapter_dropout, rank_dropout=rank_dropout,
+    dropout=dropout,
+  )  # fmt: skip
   per_layer = {
     "prefix": prefix,
     "layer_state": layer_state,
@@ -312,6 +314,8 @@ def apply(
     per_layer["window"] = windows
   index = jnp.arange(config.num_layers, dtype=jnp.int32)
   x = embed(config, frozen, inputs, positions, dtype=dtype)
+  if rng is not None:  # layers fold in 0 .. L - 1
+    x = drop(x, jax.random.fold_in(rng, config.num_layers), dropout)
   (x, cache), (aux, kept, written) = run_layers(
     body, (x, cache), (index, frozen["layers"], per_layer), remat=remat
   )

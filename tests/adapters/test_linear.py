@@ -143,6 +143,26 @@ def test_dropout_is_of_the_adapter_alone_and_keeps_its_mean():
   )
 
 
+def test_dropout_between_a_and_b():
+  """As MBC's code has it: entries of A's output, by hand."""
+  x, key = _draw(4, B, T, IN), jax.random.key(1)
+  for number, index in ((1, None), (2, jnp.array([2, 0]))):
+    adapter = _adapter(number)
+    got = linear(x, _weights(), adapter, index, rng=key, rank_dropout=0.5)
+    shape = (B, T, A) if index is None else (B, T, 2, A)
+    kept = jax.random.bernoulli(jax.random.fold_in(key, 0), 0.5, shape)
+    kept = jnp.where(kept, 2.0, 0.0)
+    own = number - 1  # the second row has no adapter
+    low = x @ adapter["lora_A"][own] * adapter["scale"][own]
+    low = low * (kept if index is None else kept[:, :, own])
+    change = low @ adapter["lora_B"][own]
+    change = change if index is None else change.at[1].set(0)
+    wanted = linear(x, _weights()) + change
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    plain = linear(x, _weights(), adapter, index, rank_dropout=0.5)
+    assert (plain[0] != got[0]).any()
+
+
 def test_float32_weights_serve_a_half_precision_stream():
   x = _draw(4, B, T, IN).astype(jnp.bfloat16)
   for index in (None, jnp.array([1, 0])):

@@ -311,6 +311,53 @@ def test_aligned_start_looks_up_by_likeness():
     )
 
 
+def test_what_drops_in_training():
+  """A method without any rate draws nothing; the plain pass never does."""
+  rates = {"lora_dropout": 0.5, "kv_lora_dropout": 0.5, "base_dropout": 0.5}
+  plain = model_of(mbc.settings, num_codes=0, kv_lora_rank=2,
+                   kv_lora_dropout=0.0)  # fmt: skip
+  assert not plain.drops
+  for name, rate in rates.items():
+    changed = dataclasses.replace(plain.settings, **{name: rate})
+    assert plain._replace(settings=changed).drops
+  given = batch_of(rows=1).answers
+  given = jax.tree.map(lambda x: x[0], given)
+  params, base = params_of(plain), small.params()
+  adapters = jax.tree.map(lambda x: x + 1.0, params["kv_lora"])
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(model, rng):
+    own = params | {"kv_lora": adapters}
+    labels = given.valid & (jnp.arange(9)[None] > 0)
+    hidden = cmt.read(model, base, own, given, None, rng=rng)
+    return hidden, cmt_loss.answer_loss(
+      model, base, own, given, labels, None, rng=rng
+    )[0]
+
+  key = jax.random.key(0)
+  hidden, loss = run(plain, None)
+  for name in ("kv_lora_dropout", "base_dropout"):
+    changed = dataclasses.replace(plain.settings, **{name: 0.5})
+    model = plain._replace(settings=changed)
+    one, nll = run(model, key)
+    assert np.isfinite(one).all() and np.abs(one - hidden).max() > 1e-2
+    assert np.abs(nll - loss).max() > 1e-2
+    np.testing.assert_array_equal(one, run(model, key)[0])
+
+
+def test_a_t5_drops_what_its_config_says():
+  t5 = dataclasses.replace(T5, dropout_rate=0.5)
+  model = model_of(mac.settings, compressor="t5", output="mlp")
+  still = model._replace(document_t5=T5, question_t5=T5)
+  model = model._replace(document_t5=t5, question_t5=t5)
+  assert model.drops and not still.drops
+  run = jax.jit(functools.partial(cmt.compress, model, small.params()))
+  params, given = params_of(still), texts((2,), 5, 1)
+  whole = run(params, given)
+  one, two = (run(params, given, rng=jax.random.key(i)) for i in (1, 2))
+  assert np.abs(one - two).max() > 1e-2 < np.abs(one - whole).max()
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -321,6 +368,7 @@ def test_aligned_start_looks_up_by_likeness():
     ({"alpha": -1.0}, "alpha is -1.0"),
     ({"memory_aware": "yes"}, "memory_aware is 'yes'"),
     ({"window": 1}, "window is 1"),
+    ({"base_dropout": 1.0}, "base_dropout is 1.0"),
     ({"match_pool": "max"}, "match_pool is 'max'; allowed: .*maxsim"),
   ],
 )

@@ -85,6 +85,33 @@ def test_equals_the_loop(name, block):
   np.testing.assert_allclose(got, wanted, atol=2e-6)
 
 
+def test_dropped_weights_are_of_both_parts():
+  """A linear map of the values: rows whose weights are gone add nothing."""
+  query, _, positions, segments, window = _case("own")
+  shape, groups = (B, T, K, H), N // K
+  parts = [Part(*(jnp.asarray(_draw(i, *shape)) for i in (5, 6))) for _ in "ab"]
+  key = jax.random.key(2)
+  given = {
+    "query_positions": positions, "query_segments": segments,
+    "window": window, "scale": SCALE,
+  }  # fmt: skip
+  got = attention(query, parts, **given, rng=key, dropout=0.5)
+  scores = SCALE * np.einsum(
+    "btkgh,bskh->bkgts", query.reshape(B, T, K, groups, H), parts[0].key
+  )
+  weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True) / 2
+  wanted = 0
+  for i, part in enumerate(parts):
+    kept = jax.random.bernoulli(
+      jax.random.fold_in(key, i), 0.5, (B, K, groups * T, T)
+    )
+    kept = np.asarray(kept).reshape(B, K, groups, T, T)
+    wanted += np.einsum("bkgts,bskh->btkgh", 2 * weights * kept, part.value)
+  np.testing.assert_allclose(got, wanted.reshape(B, T, N, H), atol=1e-5)
+  whole = attention(query, parts, **given, dropout=0.5)
+  assert np.abs(whole - got).max() > 0.1
+
+
 @functools.partial(jax.jit, static_argnames="block")
 def _gradients(query, parts, positions, segments, window, cotangent, block):
   rows = [(part.key, part.value) for part in parts]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxmem.models import decoder
+from jaxmem.models.parameters import PROJECTIONS
 from tests.models import tiny
 from tests.reference import decoder as oracle
 
@@ -15,7 +16,9 @@ LLAMA = tiny.LLAMA
 
 
 @functools.partial(
-  jax.jit, static_argnums=0, static_argnames=("collect", "remat", "dtype")
+  jax.jit,
+  static_argnums=0,
+  static_argnames=("collect", "remat", "dtype", "dropout"),
 )
 def _run(config, frozen, inputs, **kwargs):
   out = decoder.apply(config, frozen, inputs, **kwargs)
@@ -63,6 +66,32 @@ def test_packed_segments_are_separate_rows(family):
   for start, stop in ((0, 3), (3, 7)):
     _, alone = oracle.forward(config, frozen, np.asarray(ids[0, start:stop]))
     np.testing.assert_allclose(packed.hidden[0, start:stop], alone, atol=2e-5)
+
+
+def test_dropout_equals_the_loop():
+  """With factors of every site drawn apart; without a key there are none."""
+  config, key = tiny.FAMILIES["gpt2"], jax.random.key(3)
+  frozen, ids, rows = tiny.params(config), tiny.ids(1, 5), np.asarray
+  heads, width = config.num_heads, config.hidden_size
+  fold, first = jax.random.fold_in, len(PROJECTIONS) + 1
+
+  def factor(key, *shape):
+    return np.where(jax.random.bernoulli(key, 0.75, shape), 1 / 0.75, 0.0)
+
+  keys = [fold(key, layer) for layer in range(config.num_layers)]
+  sites = [[fold(k, first + site) for site in range(3)] for k in keys]
+  factors = {
+    "embed": factor(fold(key, config.num_layers), 5, width),
+    "weights": [factor(fold(site[0], 0), heads, 5, 5) for site in sites],
+    "attention": [factor(site[1], 5, width) for site in sites],
+    "mlp": [factor(site[2], 5, width) for site in sites],
+  }
+  dropped, _ = _run(config, frozen, ids, rng=key, dropout=0.25)
+  _, hidden = oracle.forward(config, frozen, rows(ids[0]), factors=factors)
+  np.testing.assert_allclose(dropped.hidden[0], hidden, atol=2e-5)
+  whole, _ = _run(config, frozen, ids, dropout=0.25)
+  _, hidden = oracle.forward(config, frozen, rows(ids[0]))
+  np.testing.assert_allclose(whole.hidden[0], hidden, atol=2e-5)
 
 
 def test_embeddings_replace_the_lookup():

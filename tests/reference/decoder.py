@@ -66,8 +66,13 @@ def _heads(config, layer, x, position, frequencies):
   return q, k, v
 
 
-def forward(config, params, ids, positions=None):
-  """Streams after every layer [L, T, D], and the normed last one [T, D]."""
+def forward(config, params, ids, positions=None, factors=None):
+  """Streams after every layer [L, T, D], and the normed last one [T, D].
+
+  Args:
+    factors: of dropout, by site: "embed" [T, D]; "weights" [L, N, T, T],
+      "attention" and "mlp" [L, T, D]; None drops nothing.
+  """
   params = _numpy(params)
   gpt2 = config.family == "gpt2"
   positions = range(len(ids)) if positions is None else positions
@@ -80,10 +85,13 @@ def forward(config, params, ids, positions=None):
   if gpt2:
     learned = params["wpe"]["embedding"]
     xs = [x + learned[p] for x, p in zip(xs, positions, strict=True)]
+  if factors is not None:
+    xs = [x * f for x, f in zip(xs, factors["embed"], strict=True)]
   streams = []
   for index in range(config.num_layers):
     layer = _layer(params["layers"], index)
-    xs = _block(config, layer, xs, positions, frequencies, index)
+    held = factors and {k: v[index] for k, v in factors.items() if k != "embed"}
+    xs = _block(config, layer, xs, positions, frequencies, index, held)
     streams.append(np.stack(xs))
   last = params["ln_f" if gpt2 else "norm"]
   return np.stack(streams), np.stack(
@@ -97,7 +105,7 @@ def _layer(tree, index):
   return tree[index]
 
 
-def _block(config, layer, xs, positions, frequencies, index):
+def _block(config, layer, xs, positions, frequencies, index, factors):
   gpt2, eps = config.family == "gpt2", config.norm_eps
   before = layer["ln_1" if gpt2 else "input_layernorm"]
   after = layer["ln_2" if gpt2 else "post_attention_layernorm"]
@@ -120,9 +128,14 @@ def _block(config, layer, xs, positions, frequencies, index):
       scores = [query @ rows[j][1][kv] / config.head_dim**0.5 for j in seen]
       weights = np.exp(np.array(scores) - max(scores))
       values = np.stack([rows[j][2][kv] for j in seen])
-      heads.append(weights / weights.sum() @ values)
-    x = x + linear(out[0], np.concatenate(heads))
-    new.append(x + _mlp(config, layer["mlp"], norm(after, x, eps)))
+      weights = weights / weights.sum()
+      if factors:
+        weights = weights * factors["weights"][n, t, seen]
+      heads.append(weights @ values)
+    attended = linear(out[0], np.concatenate(heads))
+    x = x + (attended * factors["attention"][t] if factors else attended)
+    mlp = _mlp(config, layer["mlp"], norm(after, x, eps))
+    new.append(x + (mlp * factors["mlp"][t] if factors else mlp))
   return new
 
 
