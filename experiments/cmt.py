@@ -76,10 +76,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Train, fill a bank with a stream, ask, write the results."""
   stages = cmt_setup.make_stages(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
-  cmt_setup.ladder(config, len(stream.documents))
+  readings = cmt_setup.ladder(config, len(stream.documents))
   validation = cmt_validation.load(config) if stages else None
   check("export_dtype", config.export_dtype, tuple(cmt_files.DTYPES))
   base = cmt_setup.load_base(config)
+  for read in (stream, validation):
+    if read is not None:
+      cmt_streams.check_documents(read, base, next(iter(readings.values())))
   exp = Experiment(config, workdir, stop, base, stages, validation)
   (params, limit), record = start(exp), {"steps": 0, "tokens": 0}
   record["parameters"] = cmt_params.num_parameters(params)

@@ -39,7 +39,12 @@ from jaxmem import launch
 from jaxmem.config import nearest
 from jaxmem.data.streams import Stream
 from jaxmem.evaluation import stream_curves, stream_report, streams
-from jaxmem.methods import cmt_streams, compare_camels, prompt_learners
+from jaxmem.methods import (
+  cmt_streams,
+  compare_banks,
+  compare_camels,
+  prompt_learners,
+)
 from jaxmem.methods import compare_setup as setup
 from jaxmem.methods.compare_banks import banked
 from jaxmem.methods.compare_memories import remembered
@@ -108,6 +113,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     compare_camels.make_settings(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
   base = setup.load_base(config, workdir, stop)
+  compare_banks.check(config, base, names)
   exp = Experiment(config, workdir, base, setup.fit(config, base, stream))
   done: dict[str, dict[str, Any]] = {}
   for number, name in enumerate(names, 1):

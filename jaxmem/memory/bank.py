@@ -182,7 +182,7 @@ def write(
     ValueError: an unknown policy, memories that are not the bank's, averages
       of codes or in a single slot.
   """
-  _check_policy(bank, policy)
+  check_policy(bank, policy)
   _check_memories(bank, memories, keys)
   rows = (memories.astype(bank.memories.dtype), keys, doc_ids, digests)
   if policy == "none":
@@ -330,7 +330,7 @@ def evict(bank: Bank, number: int, policy: str) -> Bank:
   Raises:
     ValueError: "none", and see `write`.
   """
-  _check_policy(bank, policy)
+  check_policy(bank, policy)
   if policy == "none":
     raise ValueError(f"evict takes a policy of {', '.join(POLICIES[1:])}")
   rng = jax.random.fold_in(bank.rng, bank.clock)
@@ -450,7 +450,12 @@ def _slots(bank):
   return {name: getattr(bank, name) for name in names}
 
 
-def _check_policy(bank, policy):
+def check_policy(bank: Bank, policy: str) -> None:
+  """Raise where a bank, or its shapes, cannot have a policy.
+
+  Raises:
+    ValueError: an unknown policy, averages of codes or in a single slot.
+  """
   if policy not in POLICIES:
     raise ValueError(
       f"policy {policy!r} does not exist; allowed: {', '.join(POLICIES)}"

@@ -111,31 +111,44 @@ class Reading:
       )
 
 
+def document_tokens(
+  reading: Reading, tokenizer: Any, document: Document
+) -> list[int]:
+  """Tokenise a document, whatever its length.
+
+  Raises:
+    ValueError: an empty document, or one over the limit with
+      long_documents="error".
+  """
+  if not document.text.strip():
+    raise ValueError(
+      f"document {document.id} is empty; leave it out of the stream"
+    )
+  tokens = tokenizer(document.text)["input_ids"]
+  size = reading.max_document_tokens
+  if len(tokens) > size and reading.long_documents == "error":
+    raise ValueError(
+      f"document {document.id} has {len(tokens)} tokens, over "
+      f"max_document_tokens={size}; raise it, or set long_documents to "
+      "truncate or chunk"
+    )
+  return tokens
+
+
 def encode_documents(
   reading: Reading, tokenizer: Any, documents: Sequence[Document]
 ) -> DocumentBatch:
   """Tokenise documents, and fill up to `batch_size`.
 
   Raises:
-    ValueError: an empty document, or one over the limit with
-      long_documents="error".
+    ValueError: see `document_tokens`.
   """
   size, pieces = reading.max_document_tokens, reading.max_pieces
   shape = (reading.batch_size, pieces, size)
   ids, valid = np.zeros(shape, np.int32), np.zeros(shape, bool)
   digest = np.zeros((*shape[:2], 2), np.uint32)
   for row, document in enumerate(documents):
-    if not document.text.strip():
-      raise ValueError(
-        f"document {document.id} is empty; leave it out of the stream"
-      )
-    tokens = tokenizer(document.text)["input_ids"]
-    if len(tokens) > size * pieces and reading.long_documents == "error":
-      raise ValueError(
-        f"document {document.id} has {len(tokens)} tokens, over "
-        f"max_document_tokens={size}; raise it, or set long_documents to "
-        "truncate or chunk"
-      )
+    tokens = document_tokens(reading, tokenizer, document)
     for piece in range(pieces):
       part = tokens[piece * size : (piece + 1) * size]
       ids[row, piece, : len(part)] = part

@@ -3,7 +3,8 @@
   DIRECTORY/memory.safetensors   parameters, named by their path in the tree
   DIRECTORY/memory.json          method, settings, base model
 
-Official state dicts of MAC and MBC are read by `methods/mac_files.py`.
+Official state dicts of MAC and MBC are read by `methods/mac_files.py` and
+`methods/mbc_files.py`.
 """
 
 import dataclasses
@@ -131,6 +132,20 @@ def describe(directory: str | pathlib.Path) -> Saved:
     ) from error
 
 
+def check_base(directory: pathlib.Path, saved: Saved, base: str) -> None:
+  """Raise ValueError at weights that were trained on another model.
+
+  Args:
+    base: fingerprint of the model at hand.
+  """
+  if saved.base != base:
+    raise ValueError(
+      f"{directory} was trained on the model with fingerprint {saved.base}, "
+      f"this one has {base}: load the model that it was trained on, in the "
+      "same precision"
+    )
+
+
 def load(
   directory: str | pathlib.Path, model: cmt.Model, frozen: Any, base: str
 ) -> cmt.Params:
@@ -147,12 +162,7 @@ def load(
   """
   directory = pathlib.Path(directory)
   saved = describe(directory)
-  if saved.base != base:
-    raise ValueError(
-      f"{directory} was trained on the model with fingerprint {saved.base}, "
-      f"this one has {base}: load the model that it was trained on, in the "
-      "same precision"
-    )
+  check_base(directory, saved, base)
   ours, theirs = (
     dataclasses.asdict(s) for s in (model.settings, saved.settings)
   )

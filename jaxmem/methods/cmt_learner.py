@@ -74,8 +74,17 @@ def make_learner(
 
 
 def num_bytes(state: bank.Bank) -> int:
-  """Bytes of the slots that hold a document; free ones are not counted."""
+  """Bytes of the slots that hold a document; free ones are not counted.
+
+  Raises:
+    ValueError: documents that were read and found no room.
+  """
   found = bank.statistics(state)
+  if lost := int(found.dropped):
+    raise ValueError(
+      f"{lost} documents found no free slot among {found.capacity}: give the "
+      f"bank more, or another policy: {', '.join(bank.POLICIES[1:])}"
+    )
   return int(found.fill) * found.bytes_per_document
 
 

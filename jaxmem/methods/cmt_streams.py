@@ -1,5 +1,6 @@
 """What a CMT run trains on and is asked: the world, or files of questions."""
 
+import functools
 import logging
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +12,9 @@ from ml_collections import ConfigDict
 from jaxmem.data import pair_rows, stream_sets, world, world_streams
 from jaxmem.data.streams import Stream
 from jaxmem.evaluation import statistics, stream_edits, streams
-from jaxmem.methods import cmt_train
-from jaxmem.methods.cmt_batches import prompt_text
+from jaxmem.memory import bank
+from jaxmem.methods import cmt_learner, cmt_train
+from jaxmem.methods.cmt_batches import Reading, document_tokens, prompt_text
 from jaxmem.methods.cmt_setup import Base
 from jaxmem.training.learners import compile_learner
 
@@ -76,6 +78,29 @@ def _load(data, workdir) -> Stream:
     workdir.mkdir(parents=True, exist_ok=True)
     stream_sets.write_ids(workdir / IDS_FILE, stream)
   return stream
+
+
+def check_documents(stream: Stream, base: Base, reading: Reading) -> None:
+  """See that a bank can be filled with a stream; say how many texts are cut.
+
+  Raises:
+    ValueError: a document over the limit with long_documents="error", or a
+      policy that the bank cannot have.
+  """
+  empty = functools.partial(cmt_learner.empty_bank, base.model, reading)
+  bank.check_policy(
+    jax.eval_shape(lambda: empty(rng=jax.random.key(0))), reading.policy
+  )
+  most = reading.max_document_tokens * reading.max_pieces
+  cut = sum(
+    len(document_tokens(reading, base.asking[0], document)) > most
+    for document in stream.documents
+  )
+  if cut:
+    _log.info(
+      "%s: of %d of %d documents the first %d tokens are read",
+      stream.name, cut, len(stream.documents), most,
+    )  # fmt: skip
 
 
 def _check_set(data) -> None:

@@ -1,8 +1,9 @@
 """Trained CMT, MAC and MBC among the learners that are compared."""
 
 import json
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,22 +31,14 @@ def banked(
   """
 
   def build(config: ConfigDict, base: Base, stream: Stream) -> Made:
-    directory = pathlib.Path(cmt_files.find(config.banks[method]))
-    saved, loaded = cmt_files.describe(directory), base.reader.loaded
-    if saved.method != method:
-      raise ValueError(
-        f"banks.{method}={directory} holds weights of {saved.method}: give a "
-        f"run of experiments.cmt with --config.method={method}"
-      )
-    if saved.settings.compressor == "t5":
-      raise ValueError(
-        f"banks.{method}={directory} has T5s as compressors, which compare "
-        "does not load; use experiments.cmt for them"
-      )
+    directory, saved = _described(config, method)
+    loaded = base.reader.loaded
     model = cmt.Model(loaded.config, saved.settings)
     params = cmt_files.load(directory, model, loaded.weights, base.name)
-    # Room for the noise curve, which at most doubles the stream.
-    capacity = bank.next_capacity(2 * len(stream.documents))
+    noise = max(config.noise.percents, default=0) / 100
+    capacity = bank.next_capacity(
+      math.ceil((1 + noise) * len(stream.documents))
+    )
     limit = config.min_match
     limit = saved.min_match if limit is None else limit
     matched = method == CMT and changes.get("score", "match") == "match"
@@ -54,13 +47,14 @@ def banked(
       "capacity": capacity,
       "min_match": limit if matched else -1.0,
       "decode": base.reader.decode,
-      "retrieved": 0 if method in (MAC, MBC) else min(RETRIEVED, capacity),
+      "retrieved": 0 if method in (MAC, MBC) else RETRIEVED,
       "batch_size": base.reader.batch_size,
       "max_document_tokens": config.data.document_tokens,
       "max_question_tokens": config.ask.max_question_tokens,
       "chat": config.data.chat,
     }
     given |= changes
+    given["retrieved"] = min(given["retrieved"], capacity)
     given["keyed"] = bool(given["retrieved"] or saved.settings.score_weight)
     learner = cmt_learner.make_learner(
       name,
@@ -72,6 +66,37 @@ def banked(
     return Made(compile_learner(learner, loaded.mesh), _tokens(directory))
 
   return build
+
+
+def check(config: ConfigDict, base: Base, names: Sequence[str]) -> None:
+  """See that the weights of all learners are there, before the first one runs.
+
+  Args:
+    names: of learners, which begin with the method's.
+
+  Raises:
+    ValueError: weights that are missing, of another method or of another model.
+  """
+  for method in dict.fromkeys(name.split("_")[0] for name in names):
+    if method in (CMT, MAC, MBC):
+      cmt_files.check_base(*_described(config, method), base.name)
+
+
+def _described(config, method) -> tuple[pathlib.Path, cmt_files.Saved]:
+  """Where a method's weights are, and what they say of themselves."""
+  directory = pathlib.Path(cmt_files.find(config.banks[method]))
+  saved = cmt_files.describe(directory)
+  if saved.method != method:
+    raise ValueError(
+      f"banks.{method}={directory} holds weights of {saved.method}: give a "
+      f"run of experiments.cmt with --config.method={method}"
+    )
+  if saved.settings.compressor == "t5":
+    raise ValueError(
+      f"banks.{method}={directory} has T5s as compressors, which compare "
+      "does not load; use experiments.cmt for them"
+    )
+  return directory, saved
 
 
 def _tokens(directory: pathlib.Path) -> int | None:

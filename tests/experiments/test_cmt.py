@@ -210,6 +210,13 @@ def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
     ({"eval.ladder": "('best',)"}, "eval.ladder"),
     ({"eval.decode": "sampling"}, "sampling"),
     ({"eval.capacity": 5}, "stream has 6 documents"),
+    ({"eval.policy": "nn_average", "method": "mbc"}, "this bank holds codes"),
+    (
+      {"data.long_documents": "error", "data.document_tokens": 9},
+      "tokens, over max_document_tokens=9; raise it",
+    ),
+    ({"data.documents": 0}, "documents without changes and conflicts: got 0"),
+    ({"start": "cmt"}, "was trained on the model with fingerprint"),
     ({"select.score": "loss"}, "select.score is 'loss'"),
     (
       {"select.score": "em", "select.every_steps": 0},

@@ -283,6 +283,9 @@ def test_noise_of_every_kind(model_dir, tmp_path):
     ({"learners": "camels", "camels.generic": "x"}, "mix source 'x'"),
     ({"learners": "camels", "camels.documents": 0}, "documents is 0"),
     ({"model": "none"}, "none"),
+    # Before the first learner runs.
+    ({"learners": "closed_book,mac"}, "mac/memory.json: no such file"),
+    ({"learners": "closed_book,cmt_4"}, "was trained on the model with finger"),
   ],
 )  # fmt: skip
 def test_settings_that_do_not_go(model_dir, tmp_path, changes, message):

@@ -304,6 +304,14 @@ def test_a_bank_keeps_what_is_asked_for():
   assert ask(learner, state).tokens.shape == (4, 3)
 
 
+def test_documents_without_room_are_no_result():
+  """A bank does not look whether it is full; its size is asked at the end."""
+  learner, state = _read_plain()
+  assert learner.size(state) == 6 * 4 * (3 + 1) * 16 + 6 * 21
+  with pytest.raises(ValueError, match="2 documents found no free slot among"):
+    learner.size(state._replace(dropped=jnp.int32(2)))
+
+
 def test_bad_documents_and_settings():
   learner = learner_of(model_of())
   with pytest.raises(ValueError, match="document 7 is empty"):
