@@ -124,7 +124,8 @@ def export(
 
 def start(exp: Experiment) -> tuple[cmt.Params, float]:
   """Draw what is trained, or read it from another run, with its min_match."""
-  config, base, limit = exp.config, exp.base, -1.0
+  config, base = exp.config, exp.base
+  limit = -1.0
   if config.start:
     place = cmt_files.find(config.start)
     limit = cmt_files.describe(place).min_match
@@ -132,6 +133,8 @@ def start(exp: Experiment) -> tuple[cmt.Params, float]:
   else:
     rng = cmt_setup.draw_key(config)
     params = cmt_params.init(base.model, base.weights, rng=rng, t5=base.t5)
+  if config.eval.min_match is not None:
+    limit = config.eval.min_match
   return cmt_setup.shard(base, params), limit
 
 

@@ -247,11 +247,11 @@ def make_reading(
     limit = calibrated
   capacity = asked.capacity or most
   if capacity < most and asked.policy == "none":
+    pieces = f", in up to {data.max_pieces} pieces each"
     raise ValueError(
-      f"eval.capacity is {capacity} and the stream has {documents} documents, "
-      f"in up to {data.max_pieces} pieces each: raise it, or say with "
-      "eval.policy what a full bank does "
-      f"({', '.join(bank.POLICIES[1:])})"
+      f"eval.capacity is {capacity} and the stream has {documents} documents"
+      f"{pieces if data.max_pieces > 1 else ''}: raise it, or say with "
+      f"eval.policy what a full bank does ({', '.join(bank.POLICIES[1:])})"
     )
   given = {
     "capacity": capacity,

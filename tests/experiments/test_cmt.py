@@ -151,14 +151,22 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
   # Trained weights are asked again without training, to the same answers.
   again = configs.apply(
     make_config(model_dir, **FILE | source),
-    {"start": str(tmp_path / "whole" / "memory"), "order": "()"},
-  )
+    {
+      "start": str(tmp_path / "whole" / "memory"), "order": "()",
+      "eval.min_match": -0.99,
+    },
+  )  # fmt: skip
   experiment.run(again, tmp_path / "again", never)
   assert _answers(tmp_path / "again") == text
+  result = json.loads((tmp_path / "again" / "result.json").read_text())
+  assert result["min_match"] == -0.99, "what was asked with, not the file's"
 
   # Both runs in one table; none of another experiment.
   roots = [str(tmp_path / name) for name in ("whole", "again")]
-  assert cmt_ladders.main([*roots, "--ignore=order,start,select*"]) == 0
+  assert (
+    cmt_ladders.main([*roots, "--ignore=order,start,select*,eval.min_match"])
+    == 0
+  )
   report = tmp_path / "whole" / "report" / cmt_ladders.OUTPUT_FILE
   top = _cells(report.read_text())["top-16"]
   alone = _cells((tmp_path / "whole" / "ladder.md").read_text())["top-16"]
