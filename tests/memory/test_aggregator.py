@@ -104,6 +104,14 @@ def test_chunks_give_the_same_with_the_same_gradients():
   assert (chunked[1][2][valid] != 0).any()
 
 
+def test_every_chunk_gives_the_same():
+  """Section 13, test 1: of 10 rows, of which 3 are no divisor."""
+  flat = _run(QUESTION, MEMORIES, VALID, BIAS)
+  for chunk in (1, 3, 5, 16):
+    got = _run(QUESTION, MEMORIES, VALID, BIAS, chunk)
+    np.testing.assert_allclose(got, flat, **CLOSE)
+
+
 def test_order_does_not_matter_and_invalid_documents_have_no_effect():
   flat = _run(QUESTION, MEMORIES, VALID)
   order = jnp.array([3, 1, 4, 0, 2])
