@@ -32,6 +32,7 @@ SMALL = {
   "lora_rank": 2,
   "lora_alpha": 4.0,
   "lora_dropout": 0.0,
+  "kv_lora_dropout": 0.0,
   "blocks": 2,
   "heads": 2,
   "head_dim": 4,
