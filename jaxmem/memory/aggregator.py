@@ -31,10 +31,11 @@ _OF_MEMORY = ("norm_memory", "key", "value")
 
 
 class Projected(NamedTuple):
-  """What every block reads of the memories."""
+  """What every block reads of the memories, as products take it: a head's rows
+  lie together."""
 
-  key: jax.Array  # [L, M, N, H]
-  value: jax.Array  # [L, M, N, H]
+  key: jax.Array  # [L, N, M, H]
+  value: jax.Array  # [L, N, M, H]
 
 
 def init(
@@ -116,11 +117,13 @@ def project(
 
   def one(block):
     normed = _scaled(block["norm_memory"], rows).astype(memories.dtype)
-    return Projected(
-      _heads(normed, block["key"]), _heads(normed, block["value"])
+    kernels = (
+      block[n]["kernel"].astype(normed.dtype) for n in ("key", "value")
     )
+    return Projected(*(jnp.einsum("MD,DNH->NMH", normed, k) for k in kernels))
 
-  return jax.vmap(one)({name: params[name] for name in _OF_MEMORY})
+  # One block after the other, so that normed rows are held for one.
+  return jax.lax.map(one, {name: params[name] for name in _OF_MEMORY})
 
 
 def attend(
@@ -154,9 +157,9 @@ def attend(
   _check_width("question", question, params)
   if chunk is not None and chunk < 1:
     raise ValueError(f"chunk is {chunk}; at least 1 row, or None for all")
-  if projected.key.shape[1] != valid.shape[0]:
+  if projected.key.shape[2] != valid.shape[0]:
     raise ValueError(
-      f"valid has {valid.shape[0]} entries, memory {projected.key.shape[1]} "
+      f"valid has {valid.shape[0]} entries, memory {projected.key.shape[2]} "
       "rows; give one for each row"
     )
 
@@ -298,7 +301,7 @@ def _check_width(name, rows, params):
 
 
 def _read(query, rows, valid, bias, chunk):
-  """Attend from [C, N, H] to rows [M, N, H]: float32, zeros if none is valid.
+  """Attend from [C, N, H] to rows [N, M, H]: float32, zeros if none is valid.
 
   The running maximum cancels out of the result, so it is a constant of the
   gradient.
@@ -310,7 +313,7 @@ def _read(query, rows, valid, bias, chunk):
     (key, value), valid, bias = scanned
     top, total, out = state
     scores = scale * jnp.einsum(
-      "CNH,MNH->CNM", query, key, preferred_element_type=jnp.float32
+      "CNH,NMH->NCM", query, key, preferred_element_type=jnp.float32
     )
     scores = scores + bias[None, None]
     scores = jnp.where(valid[None, None], scores, _LOWEST)
@@ -318,7 +321,7 @@ def _read(query, rows, valid, bias, chunk):
     highest = jax.lax.stop_gradient(highest)
     weights = jnp.exp(scores - highest[..., None]) * valid[None, None]
     added = jnp.einsum(
-      "CNM,MNH->CNH",
+      "NCM,NMH->NCH",
       weights.astype(value.dtype),
       value,
       preferred_element_type=jnp.float32,
@@ -327,11 +330,11 @@ def _read(query, rows, valid, bias, chunk):
     total = total * shrink + weights.sum(axis=-1)
     return (highest, total, out * shrink[..., None] + added), None
 
-  lead = query.shape[:-1]
+  lead = (query.shape[1], query.shape[0])
   state = (
     jnp.full(lead, _LOWEST, jnp.float32),
     jnp.zeros(lead, jnp.float32),
-    jnp.zeros(query.shape, jnp.float32),
+    jnp.zeros((*lead, query.shape[2]), jnp.float32),
   )
   if chunk is None or chunk >= number:
     state, _ = piece(state, (rows, valid, bias))
@@ -339,15 +342,19 @@ def _read(query, rows, valid, bias, chunk):
     pieces = -(-number // chunk)
 
     def cut(leaf):
-      behind = ((0, pieces * chunk - number), *((0, 0),) * (leaf.ndim - 1))
-      leaf = jnp.pad(leaf, behind) if behind[0][1] else leaf
-      return leaf.reshape(pieces, chunk, *leaf.shape[1:])
+      axis = leaf.ndim // 2  # of M: of three axes, or the only one
+      behind = [(0, 0)] * leaf.ndim
+      behind[axis] = (0, pieces * chunk - number)
+      leaf = jnp.pad(leaf, behind) if behind[axis][1] else leaf
+      shape = leaf.shape[:axis] + (pieces, chunk) + leaf.shape[axis + 1 :]
+      return jnp.moveaxis(leaf.reshape(shape), axis, 0)
 
     pieced = jax.tree.map(cut, (rows, valid, bias))
     again = jax.checkpoint(piece, prevent_cse=False)
     state, _ = jax.lax.scan(again, state, pieced)
   _, total, out = state
-  return out / jnp.where(total > 0, total, 1.0)[..., None]
+  out = out / jnp.where(total > 0, total, 1.0)[..., None]
+  return out.swapaxes(0, 1)
 
 
 def _scaled(weights, rows):

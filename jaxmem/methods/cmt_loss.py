@@ -318,7 +318,7 @@ def aggregate_batch(model, params, question, bank, scores, own):
 
   def one(question, index, valid, bias):
     place = (index[:, None] * tokens + jnp.arange(tokens)[None]).reshape(-1)
-    rows = jax.tree.map(lambda x: x[:, place], projected)
+    rows = jax.tree.map(lambda x: x[:, :, place], projected)
     bias = jnp.repeat(bias[index], tokens) if settings.score_weight else None
     return aggregator.attend(
       params["aggregator"], question, rows, jnp.repeat(valid, tokens), bias=bias

@@ -150,8 +150,8 @@ def test_kept_projections_serve_many_questions():
   project = jax.jit(aggregator.project)
   kept = project(_params(), rows[:5])
   new = project(_params(), rows[5:])
-  kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), kept, new)
-  assert kept.key.shape == (BLOCKS, P * C, HEADS, SIZE)
+  kept = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=2), kept, new)
+  assert kept.key.shape == (BLOCKS, HEADS, P * C, SIZE)
   questions = _draw(5, 3, C, D)
   attend = functools.partial(aggregator.attend, chunk=4)
   got = jax.jit(jax.vmap(attend, in_axes=(None, 0, None, None)))(
@@ -241,7 +241,7 @@ def test_errors():
     call(QUESTION[:, :5], MEMORIES, VALID)
   with pytest.raises(ValueError, match="chunk is 0"):
     call(QUESTION, MEMORIES, VALID, chunk=0)
-  rows = aggregator.Projected(*(jnp.zeros((BLOCKS, 2, HEADS, SIZE)),) * 2)
+  rows = aggregator.Projected(*(jnp.zeros((BLOCKS, HEADS, 2, SIZE)),) * 2)
   with pytest.raises(ValueError, match="valid has 5 entries, memory 2"):
     aggregator.attend(_params(), QUESTION, rows, VALID)
   call = functools.partial(
