@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxmem.data.memory_rows import Texts
+from jaxmem.data.rows import BadRows, RowError, text_field
+from jaxmem.data.sources import read_rows
 
 _DRAWS = 64  # documents that a row tries before it stays empty
 
@@ -151,9 +153,79 @@ def sample(
   return Sample(written, read, read.valid.copy(), np.bool_(repeat), np.int32(0))
 
 
+class Source(NamedTuple):
+  """Documents of one kind."""
+
+  documents: Sequence[Any]  # token ids, without special tokens
+  splitting: Splitting
+  share: float | int = 1.0  # of all samples
+
+
+class Documents(Sequence):
+  """Texts that become token ids, int32, when they are drawn.
+
+  Args:
+    texts: held as they are; of millions, the ids would be several times that.
+    encode: text -> ids, without special tokens.
+  """
+
+  def __init__(self, texts: Sequence[str], encode: Callable[[str], Any]):
+    self._texts, self._encode = texts, encode
+
+  def __len__(self) -> int:
+    return len(self._texts)
+
+  def __getitem__(self, number: int) -> np.ndarray:
+    return np.asarray(self._encode(self._texts[number]), np.int32)
+
+
+def read_texts(
+  source: str,
+  ranges: Sequence[tuple[int, int | None]],
+  *,
+  on_error: str = "raise",
+) -> list[list[str]]:
+  """Read the field `text` of ranges of a source's rows, in one go.
+
+  Args:
+    source: see `sources.read_rows`.
+    ranges: (first, end) of rows, counted as they are read; None: all the rest.
+    on_error: of `rows.ON_ERROR`, at malformed rows.
+
+  Raises:
+    ValueError: a source that is not there, or a range without a row.
+    RowError: a malformed row, unless they are skipped.
+  """
+  bad, out = BadRows(on_error), [[] for _ in ranges]
+  ends = [end for _, end in ranges]
+  number = -1
+  for number, row in enumerate(read_rows(source, bad)):
+    if None not in ends and number >= max(ends):
+      break
+    chosen = [
+      texts
+      for texts, (first, end) in zip(out, ranges, strict=True)
+      if first <= number and (end is None or number < end)
+    ]
+    try:
+      text = text_field(row, "text") if chosen else ""
+    except RowError as error:
+      bad.add(error)
+      continue
+    for texts in chosen:
+      texts.append(text)
+  for texts, (first, end) in zip(out, ranges, strict=True):
+    if not texts:
+      last = "the end" if end is None else end
+      raise ValueError(
+        f"{source}: no text in rows {first} to {last} of {number + 1} "
+        f"({bad.summary()}): give other rows, or more texts"
+      )
+  return out
+
+
 def stream(
-  documents: Sequence[Any],
-  splitting: Splitting,
+  sources: Sequence[Source],
   rows: int,
   *,
   seed: int,
@@ -162,37 +234,29 @@ def stream(
 ) -> Callable[[int], Sample]:
   """Make the function from a global step to its batch.
 
-  Row i of step t draws its document and its cuts from (seed, t, i) alone: a run
-  resumes by starting at its step, and a process makes only the rows that its
-  own devices hold, however many processes there are. Documents are drawn with
-  replacement (the published code goes through them in order).
+  Row i of step t draws its source, its document and its cuts from (seed, t, i)
+  alone: a run resumes by starting at its step, and a process makes only the
+  rows that its own devices hold, however many processes there are. Documents
+  are drawn with replacement (the published code goes through them in order).
 
   Args:
-    documents: token ids, without special tokens; read when they are needed.
+    sources: their documents are read when they are needed; splittings may
+      differ in what decides no shape.
     rows: B of the global batch.
-    keep: rows that this process holds (`loader.local_rows`); None: all.
+    keep: rows that this process holds (`parallel.local_rows`), in the order
+      wanted; None: all.
     schedule: (first step, contexts kept) pairs, rising; none: as many as there
       is room for.
 
   Raises:
-    ValueError: no documents, no rows, a schedule that does not begin at 0 or
+    ValueError: no documents, no rows, shares that are not above 0 or do not add
+      up to 1, rows of several shapes, a schedule that does not begin at 0 or
       does not rise, or too many contexts in it; when called, documents of which
       nothing can be made.
   """
-  starts = [first for first, _ in schedule]
-  if not documents or rows < 1:
-    raise ValueError(
-      f"{len(documents)} documents and {rows} rows; at least 1 of each"
-    )
-  if schedule and (starts[0] != 0 or sorted(set(starts)) != starts):
-    raise ValueError(f"schedule begins at {starts}; give 0, then rising steps")
-  for _, most in schedule:
-    if not 1 <= most <= splitting.contexts:
-      raise ValueError(
-        f"schedule keeps {most} contexts; give 1 to {splitting.contexts}, "
-        "which is what there is room for"
-      )
+  _check(sources, rows, schedule)
   keep = np.arange(rows) if keep is None else np.asarray(keep)
+  bounds = np.cumsum([source.share for source in sources])
 
   def make(step: int) -> Sample:
     kept = [most for first, most in schedule if first <= step]
@@ -200,17 +264,49 @@ def stream(
 
     def row(number):
       rng = np.random.default_rng((seed, int(step), int(number)))
+      place = np.searchsorted(bounds, rng.random(), side="right")
+      drawn = sources[min(place, len(sources) - 1)]
       for _ in range(_DRAWS):
-        ids = np.asarray(documents[int(rng.integers(len(documents)))])
-        found = sample(ids, splitting, most=most, rng=rng)
+        chosen = int(rng.integers(len(drawn.documents)))
+        ids = np.asarray(drawn.documents[chosen])
+        found = sample(ids, drawn.splitting, most=most, rng=rng)
         if found is not None:
           return found
       raise ValueError(
         f"{_DRAWS} documents drawn for step {step} were all of one chunk: they "
-        f"need more than {splitting.longest} tokens"
+        f"need more than {drawn.splitting.longest} tokens"
       )
 
     parts = [row(number) for number in keep]
     return jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
 
   return make
+
+
+def _check(sources, rows, schedule) -> None:
+  """Raise unless a stream can be made; see `stream`."""
+  counts = [len(source.documents) for source in sources]
+  if not counts or 0 in counts or rows < 1:
+    raise ValueError(f"{counts} documents and {rows} rows; at least 1 of each")
+  shares = [source.share for source in sources]
+  if min(shares) <= 0 or not np.isclose(sum(shares), 1):
+    raise ValueError(f"shares are {shares}; above 0, and 1 in all")
+  sizes = {
+    (s.splitting.longest, s.splitting.sentence, s.splitting.contexts)
+    for s in sources
+  }
+  if len(sizes) > 1:
+    raise ValueError(
+      f"(longest, sentence, contexts) are {sorted(sizes)}: the rows of a batch "
+      "have one shape; make them equal"
+    )
+  ((_, _, room),) = sizes
+  starts = [first for first, _ in schedule]
+  if schedule and (starts[0] != 0 or sorted(set(starts)) != starts):
+    raise ValueError(f"schedule begins at {starts}; give 0, then rising steps")
+  for _, most in schedule:
+    if not 1 <= most <= room:
+      raise ValueError(
+        f"schedule keeps {most} contexts; give 1 to {room}, which is what "
+        "there is room for"
+      )

@@ -1,5 +1,8 @@
 """Documents cut for M+'s training, and their stream."""
 
+import dataclasses
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from jaxmem.data.long_texts import Splitting
 
 SMALL = Splitting(longest=8, shortest=3, sentence=20, contexts=4, repeat=0.5)
 DOCUMENTS = [np.arange(n) for n in (2, 9, 15, 21, 40, 90)]
+SOURCE = long_texts.Source(DOCUMENTS, SMALL)
 
 
 def _rng(seed=0):
@@ -63,11 +67,9 @@ def test_samples_keep_the_first_or_the_last_contexts():
 
 
 def test_a_batch_depends_on_its_step_alone():
-  whole = long_texts.stream(
-    DOCUMENTS, SMALL, 6, seed=3, schedule=[(0, 1), (5, 3)]
-  )
+  whole = long_texts.stream([SOURCE], 6, seed=3, schedule=[(0, 1), (5, 3)])
   part = long_texts.stream(
-    DOCUMENTS, SMALL, 6, seed=3, keep=np.array([1, 4]),
+    [SOURCE], 6, seed=3, keep=np.array([1, 4]),
     schedule=[(0, 1), (5, 3)],
   )  # fmt: skip
   late, first = whole(7), whole(0)
@@ -79,8 +81,47 @@ def test_a_batch_depends_on_its_step_alone():
   assert first.contexts.valid.any(axis=2).sum(axis=1).max() == 1
   assert late.contexts.valid.any(axis=2).sum(axis=1).max() == 3
   assert not np.array_equal(late.sentence.ids, whole(8).sentence.ids)
-  other = long_texts.stream(DOCUMENTS, SMALL, 6, seed=4)
+  other = long_texts.stream([SOURCE], 6, seed=4)
   assert not np.array_equal(late.sentence.ids, other(7).sentence.ids)
+
+
+def test_sources_have_their_shares_and_their_own_cuts():
+  long = np.arange(1000, 1090)
+  sources = [
+    SOURCE._replace(share=0.75),
+    long_texts.Source([long], dataclasses.replace(SMALL, shortest=8), 0.25),
+  ]
+  batch = long_texts.stream(sources, 400, seed=0)(0)
+  first = batch.contexts.ids.max(axis=(1, 2)) >= 1000
+  assert 0.19 < first.mean() < 0.31
+  lengths = batch.contexts.valid.sum(axis=2)[:, 0]
+  assert set(lengths[first]) == {8} and set(lengths[~first]) > {3, 8}
+
+
+def test_texts_of_files_are_encoded_when_they_are_drawn(tmp_path):
+  path = tmp_path / "texts.jsonl"
+  rows = [{"text": "a" * n} for n in range(1, 6)]
+  rows.insert(2, {"title": "none"})
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  with pytest.raises(ValueError, match="line 3, field 'text'"):
+    long_texts.read_texts(str(path), [(0, None)])
+  held, texts = long_texts.read_texts(
+    str(path), [(0, 2), (2, 5)], on_error="skip"
+  )
+  assert held == ["a", "aa"] and texts == ["aaa", "aaaa"]
+  # What comes after the last range is not read.
+  assert long_texts.read_texts(str(path), [(1, 2)]) == [["aa"]]
+  asked = []
+  documents = long_texts.Documents(
+    texts, lambda text: asked.append(text) or [7]
+  )
+  assert len(documents) == 2 and not asked
+  np.testing.assert_array_equal(documents[1], [7])
+  assert documents[1].dtype == np.int32 and asked[0] == "aaaa"
+  with pytest.raises(ValueError, match="no text in rows 9 to the end of 6"):
+    long_texts.read_texts(str(path), [(9, None)])
+  with pytest.raises(ValueError, match="no such file"):
+    long_texts.read_texts(str(tmp_path / "none.jsonl"), [(0, None)])
 
 
 def test_errors():
@@ -92,10 +133,19 @@ def test_errors():
       Splitting(**{"longest": 8, "shortest": 3, "sentence": 20} | changes)
   with pytest.raises(ValueError, match="5 contexts"):
     long_texts.sample(np.arange(40), SMALL, most=5, rng=_rng())
-  with pytest.raises(ValueError, match="0 documents"):
-    long_texts.stream([], SMALL, 2, seed=0)
+  with pytest.raises(ValueError, match=r"\[\] documents"):
+    long_texts.stream([], 2, seed=0)
+  for changes, message in (
+    ({"documents": []}, "0\\] documents"),
+    ({"share": 0.4}, "1 in all"),
+    ({"share": 0.0}, "above 0"),
+    ({"share": 0.5, "splitting": Splitting()}, "one shape"),
+  ):
+    pair = [SOURCE._replace(share=0.5), SOURCE._replace(**changes)]
+    with pytest.raises(ValueError, match=message):
+      long_texts.stream(pair, 2, seed=0)
   for schedule in ([(1, 1)], [(0, 1), (0, 2)], [(0, 9)]):
     with pytest.raises(ValueError, match="schedule"):
-      long_texts.stream(DOCUMENTS, SMALL, 2, seed=0, schedule=schedule)
+      long_texts.stream([SOURCE], 2, seed=0, schedule=schedule)
   with pytest.raises(ValueError, match="of one chunk"):
-    long_texts.stream([np.arange(4)], SMALL, 1, seed=0)(0)
+    long_texts.stream([SOURCE._replace(documents=[np.arange(4)])], 1, seed=0)(0)
