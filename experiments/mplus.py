@@ -79,11 +79,9 @@ def export(exp: Experiment, params: Any, memory: Any) -> None:
   loaded = mplus_files.Loaded(
     base.model, base.lora, base.weights, params, memory
   )
-  if jax.process_index() == 0:
-    mplus_files.save(
-      exp.workdir / "memory", loaded,
-      tokenizer_from=models.find(exp.config.model),
-    )  # fmt: skip
+  mplus_files.save(
+    exp.workdir / "memory", loaded, tokenizer_from=models.find(exp.config.model)
+  )
 
 
 def train(exp: Experiment) -> staged.Trained | None:

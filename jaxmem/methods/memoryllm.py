@@ -114,7 +114,7 @@ class Params(NamedTuple):
   write: Any  # adapters with n = 1, or None
   read: Any  # likewise
   # {"query", "key", "encoder_query"}: {"up" [L, D, 2 E], "down" [L, 2 E, E]},
-  # or {"up" [L, D, E]} of one layer; None without a long-term store
+  # or {"up" [L, D, E]} of one layer; None without a retriever
   projectors: Any = None
 
 

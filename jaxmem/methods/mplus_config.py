@@ -79,12 +79,16 @@ def read(
   else:
     per_layer = bool(require(hf, "drop_memory_per_layer"))
   settings = dataclasses.replace(settings, drop_per_layer=per_layer)
+  if long_blocks or hf.get("add_selector"):
+    settings = dataclasses.replace(
+      settings,
+      key_width=require(hf, "selector_hidden_dim"),
+      projector_layers=require(hf, "num_selector_layers"),
+    )
   if long_blocks:
     settings = dataclasses.replace(
       settings,
       long_blocks=long_blocks,
-      key_width=require(hf, "selector_hidden_dim"),
-      projector_layers=require(hf, "num_selector_layers"),
       flush_every=require(hf, "update_ltm_frequency"),
       first_frequency=require(hf, "initial_rf_when_moving_stm_to_ltm"),
       decay=require(hf, "decay_frequency"),
@@ -102,13 +106,14 @@ def _check(hf, rows, long_blocks):
       f"is {rows}; make them agree"
     )
   wanted = {"add_bos_embedding": True}
-  if long_blocks:
+  if long_blocks or hf.get("add_selector"):
     wanted |= {
       "add_selector": True,
       "add_encoder_retriever": True,
       "map_from_hidden_states": True,
-      "update_ltm_mode": "immediate",
     }
+  if long_blocks:
+    wanted["update_ltm_mode"] = "immediate"
   for key, value in wanted.items():
     if require(hf, key) != value:
       raise ValueError(
@@ -167,17 +172,20 @@ def write(
       "lora_dropout": lora.dropout,
       "target_modules": list(lora.targets),
     }
+  if settings.key_width:
+    out |= {
+      "add_selector": True,
+      "selector_hidden_dim": settings.key_width,
+      "num_selector_layers": settings.projector_layers,
+      "map_from_hidden_states": True,
+      "detach_hidden_state": True,
+      "add_encoder_retriever": True,
+    }
   if not settings.long_blocks:
     return out | {"num_memory_tokens": settings.pool_rows}
   return out | {
     "num_ltm_blocks": settings.long_blocks,
     "ltm_initial_size": long_rows,
-    "add_selector": True,
-    "selector_hidden_dim": settings.key_width,
-    "num_selector_layers": settings.projector_layers,
-    "map_from_hidden_states": True,
-    "detach_hidden_state": True,
-    "add_encoder_retriever": True,
     "update_ltm_mode": "immediate",
     "update_ltm_frequency": settings.flush_every,
     "decay_frequency": settings.decay,

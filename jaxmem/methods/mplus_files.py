@@ -164,7 +164,7 @@ def _params(model, lora, values):
     return tree
 
   projectors = None
-  if model.settings.long_blocks:
+  if model.settings.key_width:
     projectors = {}
     for name in PROJECTORS:
       by_layer = [
@@ -247,7 +247,8 @@ def save(
   """Write a model and one memory as the published code reads them.
 
   That wants long-term stores of one size in all layers: rows that arrived first
-  are left out where a layer has more than another.
+  are left out where a layer has more than another. Among several processes all
+  call it, and the first one writes.
 
   Args:
     directory: made if needed; a checkpoint already there is replaced.
@@ -263,9 +264,6 @@ def save(
     raise ValueError(
       "a checkpoint holds one memory: give a state without a batch axis"
     )
-  directory = pathlib.Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  (directory / "config.json").unlink(missing_ok=True)
   arrays = mplus_names.to_released(
     model, loaded.lora, loaded.frozen, loaded.params
   )
@@ -276,6 +274,11 @@ def save(
   else:
     stored, size = _stored(model, state.store.slots)
     arrays |= stored
+  if jax.process_index() != 0:
+    return
+  directory = pathlib.Path(directory)
+  directory.mkdir(parents=True, exist_ok=True)
+  (directory / "config.json").unlink(missing_ok=True)
   tensors = {
     name: (leaf.nbytes, functools.partial(np.asarray, leaf))
     for name, leaf in arrays.items()

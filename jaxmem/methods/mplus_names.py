@@ -6,7 +6,8 @@ Beside a Llama's tensors, those adapted with `base_layer` in their names:
   initialized []                        MemoryLLM: 0 while the pool is noise
   model.layers.l.T.lora_{A,B}.default.weight          write adapter
   model.layers.l.T.lora_{A,B}.decoder_adapter.weight  read adapter
-  model.layers.l.self_attn.{query,key,encoder_query}_proj.{0,2}.weight     M+
+  model.layers.l.self_attn.{query,key,encoder_query}_proj.{0,2}.weight     M+,
+    whose retriever may come before the store
   ltm.l [C, D], ltm_keys.l [C, E], ltm_recall_frequencies.l [C], ltm_ages.l [C]
 
 Source: wangyu-ustc/MemoryLLM (save_pretrained of its two classes).
@@ -44,7 +45,7 @@ def shapes(model: Model, lora: Lora | None) -> dict[str, tuple[int, ...]]:
       for adapter in ADAPTERS[: 1 + lora.two]:
         down, up = lora_names(layer, name, adapter)
         found |= {down: (lora.rank, inner), up: (out, lora.rank)}
-  if settings.long_blocks:
+  if settings.key_width:
     for layer in range(layers):
       for name in PROJECTORS:
         found |= projector_shapes(settings, width, layer, name)

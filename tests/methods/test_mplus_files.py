@@ -1,5 +1,6 @@
 """Checkpoints of MemoryLLM and M+: strict, all numbers of the config, back."""
 
+import dataclasses
 import json
 
 import jax
@@ -37,7 +38,17 @@ def _loaded(model, rows=3):
   return mplus_files.Loaded(model, LORA, frozen, params, state)
 
 
-@pytest.fixture(scope="module", params=[SHORT, MPLUS], ids=["short", "mplus"])
+# What training knows: the retriever before the store that it is for.
+BEFORE = SHORT._replace(
+  settings=dataclasses.replace(SHORT.settings, key_width=4, projector_layers=1)
+)
+
+
+@pytest.fixture(
+  scope="module",
+  params=[SHORT, BEFORE, MPLUS],
+  ids=["short", "before", "mplus"],
+)
 def saved(request, tmp_path_factory):
   directory = tmp_path_factory.mktemp("saved")
   loaded = _loaded(request.param)
@@ -75,6 +86,7 @@ def test_what_is_saved_is_loaded(saved):
     assert getattr(settings, name) != getattr(before.model.settings, name)
   assert settings.schedule == before.model.settings.schedule
   assert settings.start == before.model.settings.start
+  assert settings.key_width == before.model.settings.key_width
   for one, other in (
     (before.frozen, after.frozen),
     (before.params, after.params),
