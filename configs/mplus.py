@@ -5,7 +5,15 @@
       --workdir=out/mplus_tiny --jobs=2
 
 `smoke` shows in a few minutes that everything runs, `tiny` is the small-scale
-protocol on the invented world.
+protocol on the invented world. `stage1` to `stage3` are M+'s own training, on
+long texts, each from the checkpoint of the one before:
+
+  python -m experiments.mplus --config=configs/mplus.py:stage1 --workdir=out/s1
+  python -m experiments.mplus --config=configs/mplus.py:stage2 \
+      --config.start=out/s1/memory --workdir=out/s2
+
+Of their values, "[C]" is of the published code and its yaml files (branch mplus
+of wangyu-ustc/MemoryLLM), "[P]" of the paper (arXiv 2502.00592v2).
 """
 
 from ml_collections import ConfigDict
@@ -13,6 +21,7 @@ from ml_collections import ConfigDict
 from jaxmem.config import Point, grid, product
 
 NAMES = ("smoke", "tiny")
+STAGES = ("stage1", "stage2", "stage3")
 
 
 def _stage(**values) -> ConfigDict:
@@ -106,12 +115,172 @@ def _eval() -> ConfigDict:
   )
 
 
+def _long_memory() -> ConfigDict:
+  """Sizes of stage 1 [C]; the retriever's and the store's are used later."""
+  return ConfigDict(
+    {
+      "tokens": 256,  # K
+      "pool_blocks": 50,  # of K rows
+      "long_blocks": 0,  # of K rows retrieved
+      "key_width": 0,  # of the retriever; 0: there is none
+      "projector_layers": 2,
+      "flush_every": 60,  # writes
+      "first_frequency": 10,  # flushes that a row stays
+      "decay": 1,
+      # Long-term slots of a layer; 0: as many as a stream of the longest texts
+      # needs. Rows that find none are counted (`lost`).
+      "capacity": 0,
+      "lora_rank": 16,
+      "lora_alpha": 32,
+      "lora_dropout": 0.1,
+      "lora_targets": (
+        "q_proj", "k_proj", "v_proj", "up_proj", "down_proj", "gate_proj",
+      ),
+      # Of rotary frequencies. Trained in bfloat16 throughout [C], and released
+      # with the advice to round them.
+      "rope_dtype": "bfloat16",
+    }
+  )  # fmt: skip
+
+
+def _long_data() -> ConfigDict:
+  return ConfigDict(
+    {
+      # Rows with the field `text`: a file (jsonl, parquet, ..), a folder of
+      # files, tfds:NAME or hf:OWNER/NAME:CONFIG. All are held in the host's
+      # memory, and encoded when drawn.
+      "source": "hf:HuggingFaceFW/fineweb-edu:CC-MAIN-2024-10",  # [C]
+      "held_out": 50_000,  # its first rows, to validate on [C]
+      "rows": (0, 3_000_000),  # of those behind them; (): all [C]
+      # More sources, of long texts; [C] has one for each class of length.
+      "long_sources": (),
+      "long_share": 0.0,  # of all samples, for each of these
+      "long_shortest": 384,  # tokens of a context of theirs [C]
+      "shortest": 16,  # tokens of a context [C], as the next two
+      "longest": 512,
+      "sentence": 2048,  # tokens read, at most
+      "contexts": 200,  # of a text, at most; room that every step has
+      # (first step, contexts at most), within what there is room for [C].
+      "schedule": ((0, 50), (100_000, 100), (200_000, 200)),
+      "repeat": 0.1,  # share of samples that repeat what was written [C]
+      "on_error": "raise",  # or skip, at malformed rows
+    }
+  )
+
+
+def _long_optim() -> ConfigDict:
+  return ConfigDict(
+    {
+      # 8 devices of one row, with a memory each [P]. Row i has memory i mod
+      # `memories`; these lie over data x fsdp of the mesh.
+      "batch": 8,
+      "memories": 8,
+      "rate": 3.68e-4,  # 4.6e-5 times 8 devices [C]
+      "projector_rate": 1e-4,  # not times the devices [C]
+      "schedule": "linear",  # or constant, cosine [C]
+      "decay_steps": 100_000,  # until the rate is at its end; 0: all [C]
+      "end_ratio": 0.1,  # [C]
+      "b1": 0.9,  # torch's defaults, as the next two [C]
+      "b2": 0.999,
+      "weight_decay": 0.01,
+      "clip_norm": None,  # [C]
+    }
+  )
+
+
+def _long_modes() -> ConfigDict:
+  """How steps are drawn; fields of jaxmem/methods/mplus_plan.py:Rules [C]."""
+  return ConfigDict(
+    {
+      "plain": 0.1,  # share of steps that read all, and write nothing
+      "pool": 0.8,  # of the others, behind the memory; else behind new rows
+      "revisit": 0.2,  # where there is something to revisit
+      "replace": 1.0,  # after a revisit: keep this sentence for the next
+      "unscored": 5,  # tokens of a repetition, behind the instruction
+      "through_pool": False,  # gradients into what is read with the pool
+    }
+  )
+
+
+def _long(name: str) -> ConfigDict:
+  """Stages of the published training."""
+  config = ConfigDict()
+  config.seed = 42  # [C]
+  # With `start`, the checkpoint's own model is taken instead.
+  config.model = "meta-llama/Llama-3.1-8B"  # [C]
+  config.method = "memoryllm"  # or mplus, which trains a retriever
+  config.start = ""  # directory `memory` of a run of the stage before
+  config.profile = ()  # (start, n): trace these steps
+  config.memory = _long_memory()
+  config.data = _long_data()
+  config.modes = _long_modes()
+  config.optim = _long_optim()
+  # Of 64 devices: fsdp=8, tensor=8, and the slots of a store lie over `tensor`.
+  config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+  config.train = ConfigDict(
+    {
+      "steps": 1_200_000,  # [P]
+      "base_dtype": "bfloat16",  # of the model's weights, and of rows [C]
+      "remat": True,  # our choice; [C] off
+      "steps_per_call": 1,
+      "save_steps": 1000,  # our choice
+      "log_steps": 50,
+    }
+  )
+  config.eval = ConfigDict(
+    {
+      "every_steps": 10_000,  # during training; 0: at the end only [C]
+      "samples": 1000,  # of held-out texts; 0: none [C]
+    }
+  )
+  if name != "stage1":
+    _with_retriever(config)
+  if name == "stage3":
+    _with_store(config)
+  return config
+
+
+def _with_retriever(config: ConfigDict) -> None:
+  """Stage 2: short and long texts alike, and a retriever."""
+  config.method = "mplus"
+  config.memory.key_width = 256  # [C]
+  # SlimPajama's texts of 4-8k, 8-16k, 16-32k and 32-64k tokens, 200k of each;
+  # files that the user makes. [C]
+  config.data.long_sources = (
+    "long_4k_8k.jsonl", "long_8k_16k.jsonl", "long_16k_32k.jsonl",
+    "long_32k_64k.jsonl",
+  )  # fmt: skip
+  config.data.long_share = 0.2  # [C], [P] 1:1:1:1:1
+  config.data.rows = (0, 200_000)  # [C]
+  config.modes.update({"plain": 0.05, "pool": 0.9})  # [C]
+  # 4.6e-6 times 8 devices [C]
+  config.optim.update({"rate": 3.68e-5, "schedule": "constant"})
+  config.train.steps = 125_000  # a million texts, once [P]
+
+
+def _with_store(config: ConfigDict) -> None:
+  """Stage 3: the long-term store, mostly on short texts."""
+  # Cohorts are a little more than 60 writes long, and ten of them stay; our
+  # choice, for a memory's slots take 60 GB in bfloat16 at 8B.
+  config.memory.update(
+    {"pool_blocks": 40, "long_blocks": 10, "capacity": 204_800}
+  )
+  config.data.source = "hf:HuggingFaceFW/fineweb-edu:CC-MAIN-2023-50"  # [C]
+  config.data.rows = (720_000, 1_440_000)  # [C]
+  config.data.long_share = 0.025  # [C]; [P] as in stage 2
+  config.data.schedule = ((0, 100), (20_000, 200))  # [C]
+  config.modes.update({"pool": 0.8, "replace": 0.2})  # [C]
+  config.train.steps = 100_000  # these texts once; our reading
+
+
 def get_config(arg: str = "") -> ConfigDict:
-  """Return the config; `arg` is one of NAMES."""
+  """Return the config; `arg` is one of NAMES or STAGES."""
   name = arg or "tiny"
+  if name in STAGES:
+    return _long(name)
   if name not in NAMES:
     raise ValueError(
-      f"configs/mplus.py:{arg}: expected one of {', '.join(NAMES)}"
+      f"configs/mplus.py:{arg}: expected one of {', '.join(NAMES + STAGES)}"
     )
   config = ConfigDict()
   config.seed = 0

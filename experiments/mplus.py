@@ -19,6 +19,9 @@ writes ago; "recall/8": of its rows in the long-term store that are found;
 "reach": the largest distance that is answered better than halfway between the
 newest document and no memory), retention.png, and memory/, a checkpoint in the
 published format. A restart goes on from the last checkpoint.
+
+configs/mplus.py:stage1 to stage3 are the published training, on long texts:
+`experiments/mplus_texts.py`.
 """
 
 import json
@@ -28,6 +31,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from experiments import mplus_texts
 from jaxmem import launch, models
 from jaxmem.data import world
 from jaxmem.evaluation import knowledge_retention, plots
@@ -59,6 +63,9 @@ class Experiment(NamedTuple):
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Train, ask at every distance, write the results."""
+  if "source" in config.data:  # long texts, in place of the world
+    mplus_texts.run(config, workdir, stop)
+    return
   stages = mplus_setup.make_stages(config)
   exp = Experiment(config, workdir, stop, mplus_setup.load_base(config), stages)
   exam = make_exam(

@@ -12,6 +12,8 @@ from jaxmem.models import decoder, huggingface
 from jaxmem.models.config import ModelConfig
 from jaxmem.training import parallel
 
+DTYPES = ("float32", "bfloat16")  # of weights that do not move
+
 
 class Loaded(NamedTuple):
   """A model with its tokenizer, and the devices it lies on."""
@@ -22,23 +24,31 @@ class Loaded(NamedTuple):
   weights: Any
 
 
-def load(name: str, sizes: ConfigDict, *, dtype: Any = jnp.float32) -> Loaded:
-  """Load a model and shard it.
-
-  Args:
-    name: an embedded model, a Hugging Face directory or a hub id.
-    sizes: of the mesh: data, fsdp, tensor; without a -1 the first devices are
-      taken.
-    dtype: of the weights.
+def make_mesh(sizes: ConfigDict) -> jax.sharding.Mesh:
+  """Arrange devices; without a -1 in data, fsdp, tensor the first are taken.
 
   Raises:
-    ValueError: no such model, or a mesh that the devices do not fill.
+    ValueError: a mesh that the devices do not fill.
   """
   sizes = (sizes.data, sizes.fsdp, sizes.tensor)
   devices = jax.devices()
   if -1 not in sizes:
     devices = devices[: int(np.prod(sizes))]
-  mesh = parallel.make_mesh(*sizes, devices=devices)
+  return parallel.make_mesh(*sizes, devices=devices)
+
+
+def load(name: str, sizes: ConfigDict, *, dtype: Any = jnp.float32) -> Loaded:
+  """Load a model and shard it.
+
+  Args:
+    name: an embedded model, a Hugging Face directory or a hub id.
+    sizes: of the mesh, see `make_mesh`.
+    dtype: of the weights.
+
+  Raises:
+    ValueError: no such model, or a mesh that the devices do not fill.
+  """
+  mesh = make_mesh(sizes)
   path, rules = models.find(name), decoder.partition_rules()
   config, weights = huggingface.load(
     path,

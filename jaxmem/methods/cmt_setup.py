@@ -21,7 +21,6 @@ from jaxmem.models.fingerprint import fingerprint
 from jaxmem.training import optimizer, parallel
 
 METHODS = {"cmt": Settings, "mac": mac.settings, "mbc": mbc.settings}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class Base(NamedTuple):
@@ -167,9 +166,9 @@ def load_base(config: ConfigDict) -> Base:
     ValueError: no such model, or see `make_settings`.
   """
   settings = make_settings(config)
-  check("train.base_dtype", config.train.base_dtype, tuple(DTYPES))
+  check("train.base_dtype", config.train.base_dtype, base_model.DTYPES)
   found = base_model.load(
-    config.model, config.mesh, dtype=DTYPES[config.train.base_dtype]
+    config.model, config.mesh, dtype=jnp.dtype(config.train.base_dtype)
   )
   model = cmt.Model(
     found.config,

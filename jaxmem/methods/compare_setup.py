@@ -32,7 +32,6 @@ from jaxmem.training.learners import compile_learner
 
 WORLD = cmt_streams.WORLD
 NOISE = ("prose", "distractors")  # of the world; else a source
-DTYPES = ("float32", "bfloat16")
 _log = logging.getLogger(__name__)
 
 
@@ -57,7 +56,7 @@ class Made(NamedTuple):
 def check_config(config: ConfigDict) -> None:
   """Raise ValueError at settings that do not go together; loads nothing."""
   decoding(config.ask.decode, config.ask.max_new_tokens)
-  check("base_dtype", config.base_dtype, DTYPES)
+  check("base_dtype", config.base_dtype, base_model.DTYPES)
   check("data.long_documents", config.data.long_documents,
         stream_edits.LONG_DOCUMENTS)  # fmt: skip
   spans.find(config.finetune.finder)

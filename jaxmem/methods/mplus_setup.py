@@ -32,7 +32,6 @@ from jaxmem.training.step import make_train_step
 
 METHODS = ("mplus", "memoryllm")
 TRAINED = ("all", "projectors")  # what a stage moves
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 # Of a training state: what is frozen, memories by their number, all else whole.
 RULES = (
   ("^memory/", PartitionSpec(("data", "fsdp"))),
@@ -145,9 +144,9 @@ def load_base(config: ConfigDict) -> Base:
     ValueError: no such model, or see `make_settings`.
   """
   settings = make_settings(config)
-  check("train.base_dtype", config.train.base_dtype, tuple(DTYPES))
+  check("train.base_dtype", config.train.base_dtype, base_model.DTYPES)
   found = base_model.load(
-    config.model, config.mesh, dtype=DTYPES[config.train.base_dtype]
+    config.model, config.mesh, dtype=jnp.dtype(config.train.base_dtype)
   )
   given = config.memory
   return Base(
@@ -201,13 +200,12 @@ def make_transformation(config: ConfigDict, total_steps: int) -> Any:
     warmup_steps=min(train.warmup_steps, total_steps - 1),
     end_ratio=train.end_ratio,
   )
-  groups = [optimizer.Group(r"(^|/)(scale|mask)$", weight_decay=0.0)]
+  scale = None
   if config.method == "mplus":
     scale = train.projector_rate / train.rate
-    groups.append(optimizer.Group(r"(^|/)projectors/", rate_scale=scale))
-  return optimizer.adamw(
-    rate, b1=train.b1, b2=train.b2, weight_decay=train.weight_decay,
-    clip_norm=train.clip_norm, groups=groups,
+  return mplus_params.make_optimizer(
+    rate, projector_scale=scale, b1=train.b1, b2=train.b2,
+    weight_decay=train.weight_decay, clip_norm=train.clip_norm,
   )  # fmt: skip
 
 
