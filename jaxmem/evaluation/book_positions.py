@@ -24,6 +24,7 @@ def run(
   prompt: Callable[[str], Prompt],
   *,
   stop: Callable[[int], bool] = lambda number: False,
+  progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[bool]] | None:
   """Write books side by side, and ask about all of their documents.
 
@@ -32,6 +33,7 @@ def run(
     encode: text -> ids, without special tokens.
     prompt: question -> what is asked.
     stop: polled before every write and question.
+    progress: told after each of them how many of how many are done.
 
   Returns: whether the answer is in what was said, by book and document. None
     once `stop` says so.
@@ -47,10 +49,12 @@ def run(
   (length,) = lengths
   total, size = len(books), min(settings.batch_size, len(books))
   hits: list[list[bool]] = []
+  each = 2 * length
+  work = -(-total // size) * each
   for first in range(0, total, size):
     # A last batch that is too small is filled up, so as not to compile anew.
     mine = [books[min(i, total - 1)] for i in range(first, first + size)]
-    state = subject.start(size)
+    state, done = subject.start(size), first // size * each
     for place in range(length):
       if stop(place):
         return None
@@ -58,6 +62,7 @@ def run(
       state = subject.write(
         state, [ids[: settings.context_tokens] for ids in texts]
       )
+      progress(done + place + 1, work)
     columns = []
     for place in range(length):
       if stop(place):
@@ -70,6 +75,7 @@ def run(
           for text, book in zip(reply.texts, mine, strict=True)
         ]
       )
+      progress(done + length + place + 1, work)
     hits += [list(row) for row in zip(*columns, strict=True)]
   return hits[:total]
 

@@ -7,7 +7,6 @@ Source: MemoryLLM (arXiv 2402.04624) and M+ (arXiv 2502.00592), knowledge
 retention; reach and half-lives are our small-scale protocol.
 """
 
-import logging
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ from jaxmem.evaluation import metrics, plots
 from jaxmem.evaluation.statistics import wilson_interval
 from jaxmem.evaluation.subjects import Prompt, Rows, Subject
 
-_log = logging.getLogger(__name__)
 # writes, count; accuracy, low, high; kept, stored, recall, chance in percent
 Point = dict[str, float | int]
 LAW = "law of slots"
@@ -67,6 +65,10 @@ def _never(number: int) -> bool:
   return False
 
 
+def _silent(done: int, total: int) -> None:
+  del done, total
+
+
 def run(
   subject: Subject,
   given: RetentionSet,
@@ -75,6 +77,7 @@ def run(
   prompt: Callable[[str], Prompt],
   *,
   stop: Callable[[int], bool] = _never,
+  progress: Callable[[int, int], None] = _silent,
 ) -> list[Asked] | None:
   """Write every item's context, then the unrelated texts; ask in between.
 
@@ -84,6 +87,7 @@ def run(
     encode: text -> ids, without special tokens.
     prompt: question -> what is asked.
     stop: polled before every write.
+    progress: told after each of them how many of how many are done.
 
   Returns: one for each of `settings.writes`. None once `stop` says so.
 
@@ -99,6 +103,7 @@ def run(
   unrelated = [list(encode(text))[:cut] for text in given.unrelated[:last]]
   total, size = len(contexts), min(settings.batch_size, len(contexts))
   replies: dict[int, list[Any]] = {number: [] for number in settings.writes}
+  each = last + 1
   for first in range(0, total, size):
     # A last batch that is too small is filled up, so as not to compile anew.
     mine = [min(i, total - 1) for i in range(first, first + size)]
@@ -112,9 +117,8 @@ def run(
         asked = [prompts[i] for i in mine]
         reply = subject.ask(state, asked, settings.max_new_tokens)
         replies[number].append(reply)
-    _log.info(
-      "%s: %d of %d items", subject.name, min(first + size, total), total
-    )
+      done = first // size * each + number + 1
+      progress(done, -(-total // size) * each)
   return [_asked(number, got, given) for number, got in replies.items()]
 
 

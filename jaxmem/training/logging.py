@@ -22,6 +22,7 @@ import tensorboardX
 import tqdm
 
 METRICS_FILE = "metrics.jsonl"
+LINE_SECONDS = 20  # between two lines of a `Bar` that is not on a terminal
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict]:
@@ -158,3 +159,38 @@ class Logger:
         target.close()
     self._bar = self._events = self._file = None
     self._writes = False
+
+
+class Bar:
+  """How far an evaluation is; a context manager, called as it goes on.
+
+  Args:
+    name: of what is going on.
+    stream: a terminal gets a bar, anything else a line now and then.
+  """
+
+  def __init__(self, name: str, *, stream: TextIOBase | None = None):
+    self._name = name
+    self._stream = sys.stderr if stream is None else stream
+    self._bar, self._told = None, time.perf_counter()
+
+  def __enter__(self) -> Bar:
+    return self
+
+  def __exit__(self, *exc_info: object) -> None:
+    if self._bar is not None:
+      self._bar.close()
+
+  def __call__(self, done: int, total: int) -> None:
+    """Tell that so many of so many are done."""
+    if jax.process_index() != 0:
+      return
+    if self._stream.isatty():
+      if self._bar is None:
+        self._bar = tqdm.tqdm(
+          total=total, desc=self._name, file=self._stream, dynamic_ncols=True
+        )
+      self._bar.update(done - self._bar.n)
+    elif time.perf_counter() - self._told > LINE_SECONDS:
+      self._told = time.perf_counter()
+      print(f"{self._name} {done}/{total}", file=self._stream, flush=True)

@@ -69,3 +69,13 @@ def test_seconds():
 
 def test_reading_nothing(tmp_path):
   assert logging.read_metrics(tmp_path) == []
+
+
+def test_how_far_an_evaluation_is(monkeypatch):
+  monkeypatch.setattr(logging, "LINE_SECONDS", -1)
+  for stream in (Terminal(), io.StringIO()):
+    with logging.Bar("mplus: books", stream=stream) as bar:
+      bar(1, 4)
+      bar(4, 4)
+    assert "mplus: books" in stream.getvalue()
+    assert "4/4" in stream.getvalue()
