@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxmem.data.streams import Stream
+from jaxmem.methods import base as base_model
 from jaxmem.methods import memoryllm, mplus_files, mplus_learner
 from jaxmem.methods.compare_setup import Base, Made
 from jaxmem.methods.mplus_learner import Reading, Weights
@@ -33,8 +34,17 @@ def remembered(
   """
 
   def build(config: ConfigDict, base: Base, stream: Stream) -> Made:
-    loaded = _load(config, base, method)
-    reader, settings = base.reader, loaded.model.settings
+    reader = base.reader
+    loaded = load(
+      method,
+      config.memories[method],
+      method,
+      reader.loaded,
+      base=base.name,
+      dtype=reader.dtype,
+      rng=jax.random.key(config.seed),
+    )
+    settings = loaded.model.settings
     # The noise curve at most doubles a stream.
     chunks = memoryllm.chunk_lengths(
       settings, max(config.data.document_tokens, settings.shortest)
@@ -59,19 +69,42 @@ def remembered(
   return build
 
 
-def _load(config, base, method) -> mplus_files.Loaded:
-  """Load a checkpoint; its own weights are used unless they are the base's."""
-  directory = config.memories[method]
+def load(
+  name: str,
+  directory: str,
+  method: str,
+  ours: base_model.Loaded,
+  *,
+  base: str,
+  dtype: Any,
+  rng: jax.Array,
+  keep_key_value: bool = True,
+) -> mplus_files.Loaded:
+  """Load a checkpoint; its own weights are used unless they are the model's.
+
+  Args:
+    name: `config.memories[name]` said where it is.
+    directory: or a hub id.
+    method: MEMORYLLM or MPLUS, which it must be of.
+    ours: the model that all others answer with.
+    base: fingerprint of its weights.
+    dtype: of the weights and rows.
+    rng: kept by the memory.
+    keep_key_value: see `mplus_state.start`.
+
+  Raises:
+    ValueError: no directory, or a checkpoint that does not go with the model.
+  """
   if not directory:
     raise ValueError(
-      f"memories.{method} is empty: give a checkpoint of it, a directory or a "
-      f"hub id, by --config.memories.{method}=DIR"
+      f"memories.{name} is empty: give a checkpoint of {method}, a directory "
+      f"or a hub id, by --config.memories.{name}=DIR"
     )
-  ours = base.reader.loaded
   loaded = mplus_files.load(
     directory,
-    rng=jax.random.key(config.seed),
-    dtype=base.reader.dtype,
+    rng=rng,
+    dtype=dtype,
+    keep_key_value=keep_key_value,
     shardings=lambda tree: parallel.make_shardings(
       tree, ours.mesh, decoder.partition_rules()
     ),
@@ -79,22 +112,22 @@ def _load(config, base, method) -> mplus_files.Loaded:
   found = MPLUS if loaded.model.settings.long_blocks else MEMORYLLM
   if found != method:
     raise ValueError(
-      f"memories.{method}={directory} holds a checkpoint of {found}: give it "
-      f"as memories.{found}"
+      f"memories.{name}={directory} holds a checkpoint of {found}: give one of "
+      f"{method}"
     )
   if loaded.state is None:
     raise ValueError(
-      f"memories.{method}={directory} has a pool that was never written "
+      f"memories.{name}={directory} has a pool that was never written "
       "(initialized = 0): save it with a memory"
     )
   huggingface.check_vocabulary(loaded.model.config, ours.tokenizer)
   if pathlib.Path(directory).is_dir():
     _check_tokenizer(directory, ours.tokenizer)
-  if fingerprint(loaded.frozen) == base.name:
+  if fingerprint(loaded.frozen) == base:
     return loaded._replace(frozen=ours.weights)
   _log.warning(
-    "%s: the frozen weights of %s are not those of model=%s, which the other "
-    "learners have", method, directory, config.model,
+    "memories.%s: the frozen weights of %s are not those of the model that the "
+    "others have", name, directory,
   )  # fmt: skip
   return loaded
 

@@ -46,10 +46,7 @@ def init(model: Model, frozen: Any, lora: Lora, *, rng: jax.Array) -> Params:
   bos = frozen["embed_tokens"]["embedding"][config.bos_token_id]
   projectors = None
   if settings.key_width:
-    projectors = {
-      name: _projector(model, key)
-      for name, key in zip(PROJECTORS, keys[2:], strict=True)
-    }
+    projectors = draw_projectors(model, keys[2:])
   return Params(
     bos=jnp.broadcast_to(
       bos.astype(jnp.float32), (config.num_layers, config.hidden_size)
@@ -59,6 +56,18 @@ def init(model: Model, frozen: Any, lora: Lora, *, rng: jax.Array) -> Params:
     read=adapters(keys[1]) if lora.two else write,
     projectors=projectors,
   )
+
+
+def draw_projectors(model: Model, keys: jax.Array) -> dict[str, Any]:
+  """Draw projectors, uniform in +-1/sqrt(inputs).
+
+  Args:
+    keys: typed, one for each of PROJECTORS.
+  """
+  return {
+    name: _projector(model, key)
+    for name, key in zip(PROJECTORS, keys, strict=True)
+  }
 
 
 def make_optimizer(
