@@ -37,7 +37,7 @@ VERSIONS_FILE = "versions.json"  # packages, commit, command
 # how a run goes on or is looked at, not what is learned.
 MAY_CHANGE = (
   "mesh.*", "eval.*", "profile", "export", "cache", "train.steps_per_call",
-  "train.save_steps", "train.log_steps", "learners",
+  "train.save_steps", "train.log_steps", "learners", "subjects",
 )  # fmt: skip
 EXIT_USAGE = 2
 EXIT_STOPPED = 128 + signal.SIGTERM  # what a shell says of a terminated job
