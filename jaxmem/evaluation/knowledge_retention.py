@@ -192,7 +192,8 @@ def reach(curve: Sequence[Point], no_memory: float | int) -> Reach:
   """Say after how many writes facts are still remembered.
 
   The largest number of writes asked about at which accuracy is above
-  (start + no memory) / 2.
+  (start + no memory) / 2. There is none where the start itself is no better
+  than without a memory: its interval must lie above that.
 
   Args:
     curve: of `points`, the first after no unrelated text.
@@ -207,7 +208,8 @@ def reach(curve: Sequence[Point], no_memory: float | int) -> Reach:
     )
   threshold = (curve[0]["accuracy"] + no_memory) / 2
   above = [p["writes"] for p in curve if p["accuracy"] > threshold]
-  if not above:
+  start = curve[0]
+  if start.get("low", start["accuracy"]) <= no_memory:
     return Reach(None, threshold, False)
   return Reach(above[-1], threshold, above[-1] == curve[-1]["writes"])
 
@@ -242,7 +244,7 @@ def draw(
 
   Bands are as wide as the Wilson intervals, around the mean. Beside the rows
   that are kept stands the law of random drops, beside those that a question
-  reads what it would read at random.
+  reads what it would read at random; lines that are the same are drawn once.
 
   Args:
     curves: name -> points.
@@ -254,7 +256,8 @@ def draw(
     name: points for name, points in curves.items() if pools[name] is not None
   }
   files = [folder / "retention_writes.png"]
-  laws = {f"{LAW}, {name}": name for name in with_pool}
+  # One for each pool, however many have it.
+  laws = {f"{LAW}, {pools[name][0]} rows": name for name in with_pool}
   panels = _panels(curves, lambda name, t: t)
   kept = panels.setdefault(KEPT, {}) if laws else {}
   kept |= {
@@ -286,9 +289,13 @@ def _panels(curves, place) -> dict[str, dict[str, plots.Curve]]:
       sd = [0.0] * len(held)
       if key == "accuracy":
         sd = [(point["high"] - point["low"]) / 2 for point in held]
-      panels.setdefault(title, {})[f"{name}{end}"] = plots.Curve(
+      curve = plots.Curve(
         [place(name, p["writes"]) for p in held], [p[key] for p in held], sd
       )
+      panel = panels.setdefault(title, {})
+      # What several subjects would read at random is one line.
+      if not (end and curve in panel.values()):
+        panel[f"{name}{end}"] = curve
   return panels
 
 

@@ -77,12 +77,7 @@ def memory(
   _check(model, state, retrieval)
   zero = jnp.zeros((), jnp.int32)
   state = state._replace(pool=state.pool._replace(writes=zero))
-  write_program = parallel.compile_function(
-    functools.partial(mplus.write, model), donate_argnums=2
-  )
-  ask_program = parallel.compile_function(
-    functools.partial(ask, model), static_argnames=("settings", "retrieval")
-  )
+  write_program, ask_program = _programs(model)
 
   def start(number: int) -> Held:
     rng = jax.random.key(seed)
@@ -111,6 +106,17 @@ def memory(
   settings = model.settings
   return Subject(
     name, start, write, put, pool=(settings.pool_rows, settings.tokens)
+  )
+
+
+@functools.cache
+def _programs(model: Model) -> tuple[Callable, Callable]:
+  """Writing and asking, compiled once for all subjects of a model."""
+  write = parallel.compile_function(
+    functools.partial(mplus.write, model), donate_argnums=2
+  )
+  return write, parallel.compile_function(
+    functools.partial(ask, model), static_argnames=("settings", "retrieval")
   )
 
 

@@ -110,6 +110,11 @@ def test_reach_is_the_farthest_above_half_way():
   assert k.reach(curve(90, 40, 55, 20), 10).writes == 4
   assert k.reach(curve(90, 90, 90, 80), 10) == k.Reach(16, 50, True)
   assert k.reach(curve(10, 10, 10, 10), 10) == k.Reach(None, 10, False)
+  # No better than nothing at the start: what comes later is chance.
+  assert k.reach(curve(5, 10, 20, 10), 10).writes is None
+  unsure = [p | {"low": 8.0} for p in curve(20, 20, 20, 20)]
+  assert k.reach(unsure, 10).writes is None
+  assert k.reach(unsure, 7).writes == 16
   with pytest.raises(ValueError, match="begin with 0"):
     k.reach([{"writes": 1, "accuracy": 5}], 0)
 
