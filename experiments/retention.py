@@ -198,15 +198,14 @@ def write_report(exp: Experiment, rows: list[report.Row]) -> None:
     f"seed {config.seed}, one of each. Model {config.model}.\n\n"
   )
   text += report.tables(rows, config.books.width)
-  notes = [note for note in (config.data.note, given.note) if note]
-  if notes:
-    text += f"\nNote: {'; '.join(notes)}.\n"
+  if config.data.note:
+    text += f"\nNote: {config.data.note}.\n"
   for path in report.draw(exp.workdir, rows):
     text += f"\n![{path.stem}]({path.name})\n"
   (exp.workdir / REPORT_FILE).write_text(text)
   result: dict[str, Any] = {"seed": config.seed, "base": exp.base.name}
-  if notes:
-    result["note"] = "; ".join(notes)
+  if config.data.note:
+    result["note"] = config.data.note
   result |= report.all_numbers(rows)
   compare_setup.write(exp.workdir / RESULT_FILE, result)
   print(f"{text}\n{exp.workdir / REPORT_FILE}")

@@ -1,6 +1,7 @@
 """From the values of a retention config to its model, facts and subjects."""
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from jaxmem.models.fingerprint import fingerprint
 WORLD = "world"
 DTYPES = ("float32", "bfloat16")
 DRAWN = ("facts", "scaffold", "filler", "hard", "seed")  # of the world
+_log = logging.getLogger(__name__)
 
 
 class Base(NamedTuple):
@@ -86,7 +88,7 @@ def load_set(config: ConfigDict, base: Base) -> RetentionSet:
     return retention_sets.world(
       data.size, unrelated, **{name: data[name] for name in DRAWN}
     )
-  return retention_sets.load(
+  given = retention_sets.load(
     data.set,
     data.source,
     base.encode,
@@ -97,6 +99,8 @@ def load_set(config: ConfigDict, base: Base) -> RetentionSet:
     passage_tokens=data.passage_tokens or None,
     on_error=data.on_error,
   )
+  _log.info("%s: %s", data.source, given.note)
+  return given
 
 
 def load_books(config: ConfigDict) -> tuple[tuple[Item, ...], ...]:
