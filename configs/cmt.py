@@ -31,6 +31,9 @@ def _stage(**values) -> ConfigDict:
       "known": 0,  # a row, on facts that the model knows itself
       "conflicts": 0.0,  # share of rows on people that the model knows
       "hard": 0.5,  # share of pairs of people that share a name part
+      "facts": None,  # of a document; None: as in data, as the next two
+      "filler": None,
+      "document_tokens": None,
       # Documents a question draws on, its own among them; 0: all. MAC and MBC
       # end with 0, which is how they are asked.
       "retrieved": 0,

@@ -30,12 +30,15 @@ def _stage(**values) -> ConfigDict:
     {
       "steps": 0,
       "new": True,  # questions behind a document's new rows alone
-      "questions": 4,  # behind the whole memory
+      "questions": 8,  # behind the whole memory
       "most_writes": 16,  # ages of documents asked about are below this
       "through_pool": True,  # the papers cut this gradient
       "retrieve": False,  # rows of the long-term store are read too, of M+
       "found": 0.0,  # weight of the retriever's loss, of M+ (1)
       "trains": "all",  # or projectors
+      "facts": None,  # of a document; None: as in data, as the next two
+      "filler": None,
+      "document_tokens": None,
     }
   )
   stage.update(values)
@@ -68,7 +71,7 @@ def _data() -> ConfigDict:
   return ConfigDict(
     {
       "documents": 2,  # that a memory writes in a step, on the same relations
-      "questions": 4,  # on each, behind its new rows
+      "questions": 2,  # on each, behind its new rows
       "facts": 4,  # of a document
       "scaffold": 0.2,  # share of facts in the scaffold's order
       "register": 0.1,  # share of those that are a register's entries
@@ -289,14 +292,21 @@ def get_config(arg: str = "") -> ConfigDict:
   config.profile = ()  # (start, n): trace these steps
   config.memory = _memory()
   config.data = _data()
-  # First what a document alone teaches, then among others, then retrieval.
-  config.order = ("new", "pool", "find", "store")
+  # Documents of one fact first: a memory that never had to be told from another
+  # has nothing by which it could be, and does not get it later.
+  config.order = ("short", "half", "whole", "pool", "find", "store")
   config.stages = ConfigDict(
     {
-      "new": _stage(steps=600, questions=0),
-      "pool": _stage(steps=900),
+      "short": _stage(
+        steps=250, most_writes=2, facts=1, filler=0.0, document_tokens=14
+      ),
+      "half": _stage(
+        steps=300, most_writes=4, facts=2, filler=0.0, document_tokens=22
+      ),
+      "whole": _stage(steps=400, most_writes=4),
+      "pool": _stage(steps=500),
       "find": _stage(steps=200, new=False, found=1.0, trains="projectors"),
-      "store": _stage(steps=500, most_writes=48, retrieve=True, found=1.0),
+      "store": _stage(steps=400, most_writes=48, retrieve=True, found=1.0),
     }
   )
   config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})
@@ -321,10 +331,10 @@ def _shrink(config: ConfigDict) -> None:
 
 def get_sweep() -> list[Point]:
   """M+, MemoryLLM with as many rows as M+ reads, and with M+'s pool alone."""
+  order = ("short", "half", "whole", "pool", "store")  # nothing is retrieved
   arms = [
     {"method": "mplus"},
-    {"method": "memoryllm", "memory.pool_blocks": 10,
-     "order": ("new", "pool", "store")},
-    {"method": "memoryllm", "order": ("new", "pool", "store")},
-  ]  # fmt: skip
+    {"method": "memoryllm", "memory.pool_blocks": 10, "order": order},
+    {"method": "memoryllm", "order": order},
+  ]
   return product(arms, grid({"seed": range(3)}))

@@ -128,6 +128,9 @@ def _stage(config, name) -> cmt_train.Stage:
       )
     },
   )  # fmt: skip
+  keys = ("facts", "filler", "document_tokens")
+  changed = {k: stage[k] for k in keys if stage[k] is not None}
+  shape = shape._replace(**changed)
   return cmt_train.Stage(
     name, stage.steps, stage.rows, shape, tuple(changes.items()), stage.banks
   )

@@ -59,6 +59,8 @@ class Stage:
   name: str
   steps: int
   task: Task
+  shape: memory_rows.Shape
+  first: int  # step of the run; older documents are not asked about
   trains: str = "all"  # of TRAINED
 
 
@@ -96,10 +98,13 @@ def make_stages(config: ConfigDict) -> tuple[Stage, ...]:
   """
   if not config.order:
     raise ValueError("order names no stage: give some of config.stages")
-  return tuple(_stage(config, name) for name in config.order)
+  stages: list[Stage] = []
+  for name in config.order:
+    stages.append(_stage(config, name, sum(stage.steps for stage in stages)))
+  return tuple(stages)
 
 
-def _stage(config, name) -> Stage:
+def _stage(config, name, first) -> Stage:
   if name not in config.stages:
     raise ValueError(
       f"order names the stage {name!r}; config.stages has "
@@ -117,7 +122,10 @@ def _stage(config, name) -> Stage:
         f"stages.{name} trains projectors, which method=memoryllm has not: "
         "leave it out of order"
       )
-  return Stage(name, given.steps, Task(**task), given.trains)
+  keys = ("facts", "filler", "document_tokens")
+  changed = {k: given[k] for k in keys if given[k] is not None}
+  shape = make_shape(config)._replace(**changed)
+  return Stage(name, given.steps, Task(**task), shape, first, given.trains)
 
 
 def make_shape(config: ConfigDict) -> memory_rows.Shape:
@@ -239,8 +247,9 @@ def make_stage(
   draw: Callable = functools.partial(
     mplus_world.draw_step,
     world,
-    make_shape(config),
+    stage.shape,
     stage.task,
+    first=stage.first,
     rng=jax.random.fold_in(jax.random.key(config.seed), 4),
   )
   loss = mplus_world.make_loss(base.model, stage.task, draw)

@@ -92,6 +92,7 @@ def draw_step(
   memory: Int[Array, ""],
   step: Int[Array, ""],
   *,
+  first: int | Int[Array, ""] = 0,
   rng: jax.Array,
 ) -> Step:
   """Draw what happens to one memory in one step.
@@ -101,6 +102,7 @@ def draw_step(
 
   Args:
     memory, step: their numbers.
+    first: step whose documents are the oldest that are asked about.
     rng: of the run.
   """
   number, each = shape.documents, shape.questions
@@ -116,7 +118,7 @@ def draw_step(
   rng_age, rng_which = jax.random.split(
     jax.random.fold_in(jax.random.fold_in(key, 1), step)
   )
-  most = jnp.minimum(task.most_writes, last + 1)
+  most = jnp.minimum(task.most_writes, last + 1 - number * first)
   age = jax.random.randint(rng_age, (task.questions,), 0, most)
   which = jax.random.randint(rng_which, (task.questions,), 0, each)
 

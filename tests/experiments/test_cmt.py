@@ -198,8 +198,9 @@ def _answers(workdir):
 
 
 def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
-  config = make_config(model_dir)
+  config = make_config(model_dir, **{"stages.many.facts": 3})
   (stage,) = cmt_setup.make_stages(config)
+  assert stage.shape.facts == 3
   source = cmt_train.world_source(world.make_world(), 0)
   first, second = (source.batch_at(stage, step) for step in (0, 1))
   assert first["row"].tolist() == [0] and second["row"].tolist() == [1]

@@ -73,6 +73,17 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
   jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_a_stage_has_documents_of_its_own(model_dir):
+  config = make_config(
+    model_dir, order="('short', 'store')",
+    **{"stages.short.facts": 3, "stages.short.document_tokens": 30},
+  )  # fmt: skip
+  short, store = mplus_setup.make_stages(config)
+  whole = mplus_setup.make_shape(config)
+  assert short.shape == whole._replace(facts=3, document_tokens=30, filler=0.0)
+  assert (store.shape, short.first, store.first) == (whole, 0, short.steps)
+
+
 def test_a_stage_of_projectors_moves_nothing_else(model_dir):
   config = make_config(model_dir)
   base = mplus_setup.load_base(config)

@@ -26,11 +26,11 @@ TASK = mw.Task(questions=3, most_writes=4, retrieve=True, found=1.0)
 
 
 @functools.cache
-def _drawn(memory, step, task=TASK):
+def _drawn(memory, step, first=0):
   draw = jax.jit(mw.draw_step, static_argnums=(1, 2))
   out = draw(
-    w.make_world(), SHAPE, task, jnp.int32(memory), jnp.int32(step),
-    rng=jax.random.key(0),
+    w.make_world(), SHAPE, TASK, jnp.int32(memory), jnp.int32(step),
+    first=jnp.int32(first), rng=jax.random.key(0),
   )  # fmt: skip
   return jax.tree.map(np.asarray, out)
 
@@ -51,6 +51,9 @@ def test_documents_are_asked_about_later_as_they_were_written():
   for row, age in enumerate(steps[2].asked.age):
     assert _rows(steps[2].asked.texts, row) in own[5 - age]
   assert (steps[0].asked.age < 2).all(), "there are two documents only"
+  later = _drawn(3, 2, first=2)
+  assert (later.asked.age < 2).all(), "older ones are of another stage"
+  np.testing.assert_array_equal(later.documents.ids, steps[2].documents.ids)
   other = _drawn(4, 0)
   assert _rows(other.documents, 0) != _rows(steps[0].documents, 0)
 
