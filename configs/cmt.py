@@ -285,24 +285,35 @@ def _tiny(config: ConfigDict) -> None:
   config.eval.decode = "greedy"
   config.eval.max_new_tokens = 4
   config.eval.min_match = None
-  # From one memory as it is, through the aggregator, to many to choose among.
-  config.order = ("one", "own", "two", "four", "many", "all")
+  config.order = (
+    "one", "own", "many", "short", "pair", "half", "whole", "eight", "sixteen",
+    "all",
+  )  # fmt: skip
+  # CMT: from one memory as it is, through the aggregator, to many.
   config.stages.one = _stage(
-    steps=600, questions=4, no_aggregate=True, alpha=0.0, beta=0.1
-  )
-  config.stages.own = _stage(steps=150, retrieved=1)
-  # MAC and MBC have no loss by which documents are told apart: they learn to
-  # choose among 2, 4, 16, and in the end all. Among 64 at once they stay at
-  # chance.
-  banks = ("mac", "mbc")
-  config.stages.two = _stage(steps=300, only=banks, retrieved=2)
-  config.stages.four = _stage(steps=500, only=banks, retrieved=4)
+    steps=600, only=("cmt",), questions=4, no_aggregate=True, alpha=0.0,
+    beta=0.1,
+  )  # fmt: skip
+  config.stages.own = _stage(steps=150, only=("cmt",), retrieved=1)
   config.stages.many = _stage(
-    steps=450, rows=16, asked=2, keep=0.5, known=1, retrieved=16
+    steps=450, only=("cmt",), rows=16, asked=2, keep=0.5, known=1, retrieved=16
   )
-  config.stages.all = _stage(
-    steps=300, only=banks, rows=16, asked=2, keep=0.5, known=1
+  # MAC and MBC have no loss by which documents are told apart, so they begin by
+  # choosing among documents of one fact: a memory that never had to be told
+  # from another has nothing by which it could be, and does not get it later.
+  banks = ("mac", "mbc")
+  first = {"facts": 1, "filler": 0.0, "document_tokens": 14}
+  config.stages.short = _stage(
+    steps=150, only=banks, no_aggregate=True, imitate=1.0, **first
   )
+  config.stages.pair = _stage(steps=200, only=banks, retrieved=2, **first)
+  config.stages.half = _stage(
+    steps=300, only=banks, retrieved=4, facts=2, filler=0.0, document_tokens=22
+  )
+  config.stages.whole = _stage(steps=500, only=banks, retrieved=4)
+  config.stages.eight = _stage(steps=300, only=banks, retrieved=8)
+  config.stages.sixteen = _stage(steps=400, only=banks, retrieved=16)
+  config.stages.all = _stage(steps=300, only=banks, rows=16, asked=2, keep=0.5)
 
 
 def _smoke(config: ConfigDict) -> None:

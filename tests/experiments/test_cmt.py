@@ -219,7 +219,10 @@ def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
     ({"eval.ladder": "('best',)"}, "eval.ladder"),
     ({"eval.decode": "sampling"}, "sampling"),
     ({"eval.capacity": 5}, "stream has 6 documents"),
-    ({"eval.policy": "nn_average", "method": "mbc"}, "this bank holds codes"),
+    (
+      {"eval.policy": "nn_average", "method": "mbc", "order": "('all',)"},
+      "this bank holds codes",
+    ),
     (
       {"data.long_documents": "error", "data.document_tokens": 9},
       "tokens, over max_document_tokens=9; raise it",
