@@ -211,6 +211,8 @@ def _many_steps(step, steps_per_call):
   The bound is a value, not a shape: a shorter last call is the same program,
   so neither compilations nor bits depend on how steps fall into calls.
   """
+  # Its metrics' shapes are needed before the loop: traced once for both.
+  step = jax.jit(step, inline=True)
 
   def many(state, frozen, batches, rng, count):
     first = jax.tree.map(lambda x: x[0], batches)
