@@ -91,9 +91,10 @@ def test_a_stage_of_projectors_moves_nothing_else(model_dir):
   tx = mplus_setup.make_transformation(config, 100)
   held = mplus_setup.only_projectors(tx)
   ones = jax.tree.map(np.ones_like, params)
-  state = held.init(params)
+  state = jax.jit(held.init)(params)
+  update = jax.jit(held.update)
   for _ in range(2):  # the first has a rate of 0
-    moved, state = held.update(ones, state, params)
+    moved, state = update(ones, state, params)
   assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(moved.write))
   assert all(
     (np.asarray(x) != 0).any() for x in jax.tree.leaves(moved.projectors)

@@ -140,7 +140,7 @@ def state_of(loaded, case, start="state_"):
   slots = slots._replace(rows=_rows(loaded, jnp.asarray(slots.rows.hidden)))
   pending = case.get(f"{start}update_step", np.zeros(1, int))[0]
   store = long_term.Store(
-    jax.tree.map(jnp.asarray, slots),
+    jax.device_put(slots),
     jnp.int32(max(sizes)),
     jnp.int32(pending),
     jnp.int32(0),

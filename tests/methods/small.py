@@ -60,7 +60,7 @@ def params(seed=0, config=CONFIG, deviation=0.3):
       node = node.setdefault(name, {})
     draw = rng.normal(0, deviation, shape).astype(np.float32)
     node[path[-1]] = draw + (path[-1] == "scale")
-  return jax.tree.map(jax.numpy.asarray, tree)
+  return jax.device_put(tree)
 
 
 def facts(count, seed=0, longest=3):

@@ -21,7 +21,7 @@ SOURCES = [MAIN, MIXED, MAIN, MIXED, MAIN]
 
 
 PACKED = small.packed(small.encoded(5), SOURCES, length=24)
-BATCH = jax.tree.map(jnp.asarray, PACKED)
+BATCH = jax.device_put(PACKED)
 
 
 @functools.cache
@@ -154,7 +154,7 @@ def test_kl_of_devices_on_their_own_adds_up_to_that_of_one():
   batch = small.padded(
     small.encoded(5), [MAIN, MIXED, MAIN, MAIN, MAIN], rows_multiple=2
   )
-  batch = jax.tree.map(jnp.asarray, batch)
+  batch = jax.device_put(batch)
 
   def added(batch, axis=None):
     count = (batch.label_slot >= 0).sum().astype(jnp.float32)

@@ -115,7 +115,7 @@ def test_a_frozen_trunk_is_the_base(base):
 
 def test_a_segment_against_a_loop(base, params, scored):
   """Steps of SGD one by one, then nats and divergence of what came out."""
-  segment = jax.tree.map(jnp.asarray, draw_segments())
+  segment = jax.device_put(draw_segments())
   (loss, (moved, out)), grads = scored(params, base, base, segment)
 
   @jax.jit
@@ -223,7 +223,7 @@ def test_weights_of_1_are_the_uniform_baseline():
   batch = learner.encode_documents(
     [Document(0, "Bram Kelmtor lives in Aldton."), Document(1, "Oro is 12.")]
   )
-  batch = jax.tree.map(jnp.asarray, batch)
+  batch = jax.device_put(batch)
   ones = camels.weigh(model, params, weights, batch.ids, batch.token_valid)
   np.testing.assert_array_equal(ones, batch.token_valid.astype(np.float32))
   found, _ = jax.jit(learner.adapt)(learner.init(RNG), batch)

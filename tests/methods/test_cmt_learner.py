@@ -88,7 +88,7 @@ def test_answers_are_those_of_the_loss_on_what_was_retrieved():
   params, batch = params_of(model), learner.encode_questions(QUESTIONS)
   out = ask(learner, state)
   assert out.sources.shape == (4, 3) and (out.sources[:2] >= 0).all()
-  asked = jax.tree.map(jnp.asarray, batch.asked)
+  asked = jax.device_put(batch.asked)
   question = cmt.compress(model, base, params, asked, question=True)
   for row in range(2):
     chosen = state.memories[out.sources[row]]
@@ -181,7 +181,7 @@ def test_scores_of_diagnosis(score):
   _, state = _read_plain()
   reading = dataclasses.replace(READING, score=score, retrieved=1)
   learner = learner_of(model_of(alpha=0.5), reading)
-  batch = jax.tree.map(jnp.asarray, learner.encode_questions(QUESTIONS))
+  batch = jax.device_put(learner.encode_questions(QUESTIONS))
   question = jnp.ones((4, 3, small.CONFIG.hidden_size))
   found = cmt_learner.retrieve(
     model_of(alpha=0.5), reading, state, question, batch
@@ -213,7 +213,7 @@ def test_memories_by_the_text_of_their_documents():
   state = state._replace(doc_id=state.doc_id.at[2].set(1).at[1].set(2))
   found = cmt_learner.retrieve(
     model, reading, state, jnp.ones((4, 3, small.CONFIG.hidden_size)),
-    jax.tree.map(jnp.asarray, batch),
+    jax.device_put(batch),
   )  # fmt: skip
   np.testing.assert_array_equal(found.index[0], [1, 2])
   np.testing.assert_array_equal(found.valid[:2], [[True, True], [False, False]])

@@ -31,13 +31,7 @@ def _adapter(kind, *, moved=True):
     tree = lora.init(BASE["layers"], TARGETS, 3, **given, dora=kind == "dora")
   if not moved:
     return tree
-  return jax.tree.map(
-    lambda x, learned: (
-      x + 0.3 * learned * jax.random.normal(jax.random.key(x.size), x.shape)
-    ),
-    tree,
-    trees.trainable(tree),
-  )
+  return tiny.moved(tree)
 
 
 def _params(kind="lora", mode="query_gate", *, moved=True):
@@ -80,7 +74,7 @@ def _batch(rows=ROWS, *, length=13, alone=False):
         arrays["label_slot"][row, found] = slot
         found += 1
       at += len(text)
-  return packing.PackedBatch(**jax.tree.map(jnp.asarray, arrays))
+  return packing.PackedBatch(**jax.device_put(arrays))
 
 
 @functools.partial(jax.jit, static_argnums=0)

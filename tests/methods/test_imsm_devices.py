@@ -35,13 +35,7 @@ def _params(kind):
   tree = make(
     small.params()["layers"], TARGETS, RANK, alpha=6, rng=jax.random.key(1)
   )
-  tree = jax.tree.map(
-    lambda x, learned: (
-      x + 0.3 * learned * jax.random.normal(jax.random.key(x.size), x.shape)
-    ),
-    tree,
-    trees.trainable(tree),
-  )
+  tree = tiny.moved(tree)
   drawn = gate.init("query_gate", small.CONFIG.hidden_size, 4,
                     rng=jax.random.key(2))  # fmt: skip
   return imsm.Params(tree, drawn)

@@ -12,7 +12,6 @@ alone are in test_imsm.py (one family) and with the recorded numbers (two).
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,7 +55,7 @@ def _start(family):
       tree = lora.init(own, [name], RANK, **given, dora=kind == "dora")
     out[group, name] = kind, tree[group][name]
   assert {kind for kind, _ in out.values()} == set(KINDS)
-  return out
+  return jax.device_get(out)
 
 
 def _adapters(family, moved):
@@ -65,12 +64,11 @@ def _adapters(family, moved):
   for (group, name), (kind, leaves) in _start(family).items():
     tree.setdefault(group, {})[name] = {
       key: leaf
-      + 0.3
-      * (kind in moved and key not in trees.FIXED)
-      * jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+      + np.float32(0.3 * (kind in moved and key not in trees.FIXED))
+      * rng.normal(size=leaf.shape).astype(np.float32)
       for key, leaf in leaves.items()
     }
-  return tree
+  return jax.device_put(tree)
 
 
 def _gate():

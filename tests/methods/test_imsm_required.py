@@ -30,13 +30,7 @@ def _params():
     small.params()["layers"], ("q_proj", "down_proj"), 3, alpha=6,
     rng=jax.random.key(1),
   )  # fmt: skip
-  tree = jax.tree.map(
-    lambda x, learned: (
-      x + 0.3 * learned * jax.random.normal(jax.random.key(x.size), x.shape)
-    ),
-    tree,
-    trees.trainable(tree),
-  )
+  tree = tiny.moved(tree)
   drawn = gate.init("query_gate", small.CONFIG.hidden_size, 4,
                     rng=jax.random.key(2))  # fmt: skip
   return imsm.Params(tree, drawn)
@@ -64,7 +58,7 @@ def _slopes(params, batch, known):
 def _batch(rows):
   """One example a row, always of the same sizes."""
   made = small.padded(rows, length=16)
-  return jax.tree.map(jnp.asarray, made)
+  return jax.device_put(made)
 
 
 @jax.jit

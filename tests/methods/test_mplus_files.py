@@ -31,7 +31,7 @@ def _loaded(model, rows=3):
     slots.frequency[:, :rows] = 1.0
     slots.order[:, :rows] = np.arange(rows)
     slots.valid[:, :rows] = True
-    slots = jax.tree.map(jnp.asarray, slots)
+    slots = jax.device_put(slots)
     state = state._replace(
       store=state.store._replace(slots=slots, arrivals=jnp.int32(rows))
     )

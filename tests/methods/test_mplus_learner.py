@@ -165,19 +165,20 @@ def test_other_rows_may_be_read():
   for row, question in enumerate(asked):
     assert question.document in np.asarray(answers.sources[row])
   reading = dataclasses.replace(READING, retrieval="random")
-  bias = mplus_learner._bias(MPLUS, reading, held, batch)
+  make_bias = jax.jit(mplus_learner._bias, static_argnums=(0, 1))
+  bias = make_bias(MPLUS, reading, held, batch)
   assert bias.shape == (2, 2, owners.shape[1])
-  other = mplus_learner._bias(
-    MPLUS, reading, held, batch._replace(numbers=batch.numbers + 5)
-  )
+  moved = batch._replace(numbers=batch.numbers + 5)
+  other = make_bias(MPLUS, reading, held, moved)
   assert float(np.abs(bias - other).min()) > 0
 
 
 def test_the_most_frequent():
   numbers = jnp.array([4, -1, 7, 4, 7, 9, -1, -1])
-  found = mplus_learner.most_frequent(numbers, 2)
+  most_frequent = jax.jit(mplus_learner.most_frequent, static_argnums=1)
+  found = most_frequent(numbers, 2)
   np.testing.assert_array_equal(found, [4, 7])
-  found = mplus_learner.most_frequent(numbers[:3], 5)
+  found = most_frequent(numbers[:3], 5)
   np.testing.assert_array_equal(found, [4, 7, -1, -1, -1])
 
 

@@ -302,7 +302,7 @@ def test_stages_before_the_long_term_store():
     model, frozen, remembering.LORA, rng=jax.random.key(0)
   )
   rules = Rules(plain=0, pool=1, revisit=0, through_pool=True)
-  memories, batch = _memories(SHORT), jax.tree.map(jnp.asarray, _batch(0))
+  memories, batch = _memories(SHORT), jax.device_put(_batch(0))
 
   def loss(params):
     rng = jax.random.split(jax.random.key(4), B)

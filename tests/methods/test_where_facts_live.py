@@ -108,7 +108,7 @@ def test_lens_ends_with_the_model_and_steps_by_blocks(case):
   batch = case.batch._replace(
     label_index=at, labels=case.batch.ids, label_slot=case.batch.segments - 1
   )
-  batch = jax.tree.map(jnp.asarray, batch)
+  batch = jax.device_put(batch)
 
   @jax.jit
   def both(params):
@@ -140,7 +140,7 @@ def test_ablations(case):
   fill[0, 3] = 2
   ablate = jax.jit(functools.partial(where_passes.ablated_hidden, case.model))
   every = np.ones(case.layers, bool)
-  arrays = jax.tree.map(jnp.asarray, batch)
+  arrays = jax.device_put(batch)
   kept = ablate(theta, arrays, every, 0 * fill)
   hidden, _, hit = case.plain(theta, arrays)
   np.testing.assert_allclose(kept, hidden, rtol=1e-5, atol=1e-6)
@@ -164,7 +164,7 @@ def test_grafting_everything_gives_the_donor(case):
   hits = case.passes.graft(
     case.theta_b, case.theta_a, case.batch, blocks, ends, ends
   )
-  arrays = jax.tree.map(jnp.asarray, case.batch)
+  arrays = jax.device_put(case.batch)
   for found, params in zip(hits, (case.theta_b, case.theta_a), strict=True):
     np.testing.assert_array_equal(found, case.plain(params, arrays)[2])
 

@@ -42,12 +42,12 @@ def _case(name):
     own["valid"] = np.array([[0, 0, 1, 1, 1, 1, 1], [0] * T], bool)
     parts = [own]
   query = jnp.asarray(_draw(0, B, T, N, H))
-  positions, segments = jax.tree.map(jnp.asarray, (positions, segments))
+  positions, segments = jax.device_put((positions, segments))
   return query, parts, positions, segments, window
 
 
 def _as_arrays(parts):
-  return tuple(Part(**jax.tree.map(jnp.asarray, part)) for part in parts)
+  return tuple(Part(**jax.device_put(part)) for part in parts)
 
 
 def _by_loop(query, parts, positions, segments, window):

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmem.adapters import trees
 from jaxmem.models import parameters
 from jaxmem.models.config import ModelConfig
 
@@ -68,6 +70,17 @@ def params(config, seed=0):
       node = node.setdefault(name, {})
     node[path[-1]] = jnp.asarray(draw, jnp.float32)
   return tree
+
+
+def moved(adapters):
+  """Adapters of which every learned leaf is changed: nothing is neutral."""
+
+  def leaf(x, learned):
+    noise = np.random.default_rng(x.size).normal(0, 0.3 * learned, x.shape)
+    return (x + noise).astype(x.dtype)
+
+  adapters = jax.device_get(adapters)
+  return jax.device_put(jax.tree.map(leaf, adapters, trees.trainable(adapters)))
 
 
 def ids(batch, tokens, seed=0):

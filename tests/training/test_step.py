@@ -50,7 +50,7 @@ def test_one_mean_over_microbatches_of_one_and_nine_targets():
   )  # fmt: skip
   assert whole_metrics[0]["count"] == 10
 
-  on_device = jax.tree.map(jnp.asarray, batch)
+  on_device = jax.device_put(batch)
 
   def mean(params):
     loss_sum, aux = toy.loss_fn(
