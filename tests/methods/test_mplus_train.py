@@ -59,7 +59,7 @@ def _batch(seed):
 
 
 def _row(number, seed=0):
-  return jax.tree.map(lambda leaf: jnp.asarray(leaf[number]), _batch(seed))
+  return jax.device_put(jax.tree.map(lambda leaf: leaf[number], _batch(seed)))
 
 
 def _coins(*names):

@@ -125,7 +125,7 @@ def test_a_step_is_writes_and_questions_in_their_order():
     made = ENCODE(MPLUS, frozen, params, state.pool.rows.hidden[:, -K:], *part)
     own = jax.tree.map(lambda x, i=i: x[i : i + 1], step.own)
     hidden = READ_NEW(MPLUS, frozen, params, made, *own.texts).hidden
-    new += _nats(frozen, hidden, own)
+    new += float(_nats(frozen, hidden, own))
     state = WRITE(MPLUS, frozen, params, state, part.ids[0], part.valid[0])
   np.testing.assert_allclose(out.new.nll, new, rtol=1e-4)
   np.testing.assert_allclose(
@@ -135,23 +135,29 @@ def test_a_step_is_writes_and_questions_in_their_order():
   before = jnp.broadcast_to(
     (jnp.arange(6) < 4)[None], (MPLUS.config.num_layers, 6)
   )
-  given = mplus.context(MPLUS, frozen, params, state, asked=before)
-  read = decoder.apply(
-    MPLUS.config, frozen, step.asked.texts.ids,
-    positions=mplus.text_positions(MPLUS.settings.start, *step.asked.texts),
-    **given._asdict(),
-  )  # fmt: skip
-  wanted = _nats(frozen, read.hidden, step.asked)
+
+  @jax.jit
+  def read(state, texts):
+    given = mplus.context(MPLUS, frozen, params, state, asked=before)
+    return decoder.apply(
+      MPLUS.config, frozen, texts.ids,
+      positions=mplus.text_positions(MPLUS.settings.start, *texts),
+      **given._asdict(),
+    ).hidden  # fmt: skip
+
+  hidden = read(state, step.asked.texts)
+  wanted = _nats(frozen, hidden, step.asked)
   np.testing.assert_allclose(out.pool.nll, wanted, rtol=1e-4)
   assert (out.pool.questions, out.pool.labels) == (3, 6)
   assert (out.new.questions, out.new.labels) == (2, 4)
 
 
+@jax.jit
 def _nats(frozen, hidden, asked):
   scores = decoder.logits(MPLUS.config, frozen, hidden)
   logp = jax.nn.log_softmax(scores[:, 3:5])
   gold = asked.texts.ids[:, 4:]
-  return -float(jnp.take_along_axis(logp, gold[..., None], axis=2).sum())
+  return -jnp.take_along_axis(logp, gold[..., None], axis=2).sum()
 
 
 def test_only_through_the_pool_a_reader_teaches_the_writer():

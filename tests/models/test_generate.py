@@ -62,12 +62,12 @@ def _by_reading_anew(config, ids, valid, steps, start=0, **kwargs):
     _, scores = _apply(
       config,
       frozen,
-      jnp.asarray(ids),
-      positions=jnp.asarray(positions),
-      valid=jnp.asarray(seen),
+      jax.device_put(ids),
+      positions=jax.device_put(positions),
+      valid=jax.device_put(seen),
       **kwargs,
     )
-    scores = jax.nn.log_softmax(scores[:, place - 1])
+    scores = jax.nn.log_softmax(np.asarray(scores)[:, place - 1])
     ids[:, place] = scores.argmax(axis=1)
     total += scores.max(axis=1)
   return ids[:, prompt:], total
