@@ -89,17 +89,19 @@ def test_one_step_of_adam_on_each_document(reader, learner):
   model, tx = remix.Model(reader.loaded.config), optax.adam(SETTINGS.rate)
   params = reader.loaded.weights
   moments, state, tokens = tx.init(params), learner.init(RNG), 0
-  grad = jax.jit(
-    jax.grad(lambda params, row: f.document_loss(model, params, *row))
-  )
+
+  @jax.jit
+  def step(params, moments, row):
+    grads = jax.grad(lambda p: f.document_loss(model, p, *row))(params)
+    updates, moments = tx.update(grads, moments)
+    return optax.apply_updates(params, updates), moments
+
   for start in (0, 2):
     batch = learner.encode_documents(DOCUMENTS[start : start + 2])
     state, cost = learner.adapt(state, batch)
     tokens += int(cost.tokens)
     for row in range(len(DOCUMENTS[start : start + 2])):
-      grads = grad(params, [x[row] for x in batch[:3]])
-      updates, moments = tx.update(grads, moments)
-      params = optax.apply_updates(params, updates)
+      params, moments = step(params, moments, [x[row] for x in batch[:3]])
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5),
     state.params, params,
