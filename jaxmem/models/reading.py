@@ -168,9 +168,9 @@ def prefill(
   last = t - 1 - jnp.argmax(valid[:, ::-1], axis=1)
   hidden = jax.vmap(lambda row, place: row[place])(out.hidden, last)
   scores = jnp.repeat(model.scores(hidden), copies, axis=0)
-  model = _copied(model, (*past, out.cache), b, copies)
-  # The last token is never read.
-  slots = max(1, max_new_tokens - 1)
+  steps = max_new_tokens - 1  # the last token is never read
+  model = _copied(model, (*past, out.cache), b, copies, steps)
+  slots = max(1, steps)
   cache = _empty(model, b * c * copies, slots)
   if model.layers is not None:
     model = model._replace(rows=_rows_ahead(model, slots))
@@ -232,17 +232,48 @@ def _empty(model, rows, slots):
 
 
 def _settled(model):
-  """Work out once what of the prefix is the same at every step.
+  """The model, with a prefix that no step has to work on."""
+  kept = model.kept
+  if kept["prefix"] is None:
+    return kept
+  prefix = settle(
+    model.config,
+    model.frozen,
+    kept["prefix"],
+    adapters=kept["adapters"],
+    adapter_index=kept["adapter_index"],
+    dtype=_dtype(model),
+  )
+  return kept | {"prefix": prefix}
+
+
+def settle(
+  config: ModelConfig,
+  frozen: Any,
+  prefix: decoder.Prefix,
+  *,
+  adapters: Any = None,
+  adapter_index: jax.Array | None = None,
+  dtype: Any = None,
+) -> decoder.Prefix:
+  """Work out what of a prefix is the same whatever is read behind it.
 
   Rows given as hidden states become keys and values, and keys with positions
-  are rotated, where the angles do not depend on what follows.
+  are rotated, unless the angles depend on what follows ("dynamic", "longrope").
+  What is settled already stays as it is.
+
+  Args:
+    prefix: of all layers.
+    adapters, adapter_index: as in `decoder.apply`.
+    dtype: that hidden states are read in; None is their own.
+
+  Raises:
+    ValueError: hidden states that rows with different adapters share.
   """
-  kept, config = model.kept, model.config
-  prefix, index = kept["prefix"], kept["adapter_index"]
-  if prefix is None:
-    return kept
   if prefix.hidden is not None:
-    if index is not None and (index.ndim > 1 or prefix.hidden.ndim == 3):
+    if adapter_index is not None and (
+      adapter_index.ndim > 1 or prefix.hidden.ndim == 3
+    ):
       raise ValueError(
         "prefix.hidden with an adapter_index needs one entry per row and a "
         "prefix per row; else give prefix.key and prefix.value"
@@ -251,11 +282,11 @@ def _settled(model):
     def layer_rows(_, layer):
       weights, hidden, adapters = layer
       return None, decoder.key_value(
-        config, weights, hidden, adapters=adapters, adapter_index=index
+        config, weights, hidden, adapters=adapters, adapter_index=adapter_index
       )
 
-    hidden = prefix.hidden.astype(_dtype(model))
-    layers = (model.frozen["layers"], hidden, kept["adapters"])
+    hidden = prefix.hidden if dtype is None else prefix.hidden.astype(dtype)
+    layers = (frozen["layers"], hidden, adapters)
     _, (key, value) = decoder.run_layers(layer_rows, None, layers)
     prefix = prefix._replace(hidden=None, key=key, value=value)
   scaling = config.rope_scaling
@@ -268,14 +299,14 @@ def _settled(model):
 
     key = jax.vmap(rotate)(prefix.key, prefix.positions)
     prefix = prefix._replace(key=key, positions=None)
-  return kept | {"prefix": prefix}
+  return prefix
 
 
 # Axes of a prefix's leaves where each row has its own.
 _PER_ROW = decoder.Prefix(4, 5, 5, 3, 3)
 
 
-def _copied(model, past, b, copies):
+def _copied(model, past, b, copies, steps):
   """Widen everything that leads with B * C rows to B * W * C, for the loop."""
   kept, index = model.kept, model.kept["adapter_index"]
   if index is not None and index.ndim == 2:  # new tokens go on as the last one
@@ -301,16 +332,15 @@ def _copied(model, past, b, copies):
   index = None if index is None else widen(index)
   kept = kept | {"prefix": prefix, "adapter_index": index}
   layers = None
-  if model.config.num_layers <= UNROLLED:
+  if steps and model.config.num_layers <= UNROLLED:
     stacked = {
       "layer": model.frozen["layers"],
       "prefix": prefix,
-      "past": [earlier._replace(length=None) for earlier in past],
+      "past": tuple(earlier._replace(length=None) for earlier in past),
       "adapters": kept["adapters"],
     }
     layers = [
-      jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-      for i in range(model.config.num_layers)
+      decoder.layer_of(stacked, i) for i in range(model.config.num_layers)
     ]
   return model._replace(
     kept=kept | {"past": past},

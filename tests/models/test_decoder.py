@@ -140,6 +140,14 @@ def test_collect_and_constrain():
     trace.input[0], decoder.embed(LLAMA, frozen, ids)
   )
   assert decoder.apply(LLAMA, frozen, ids).collected is None
+  apart = decoder.split(frozen)
+  assert len(apart["layers"]) == 2
+  again = decoder.apply(LLAMA, apart, ids, collect=lambda trace: trace)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5),
+    again,
+    out,
+  )
 
 
 def test_remat_changes_nothing():

@@ -124,7 +124,7 @@ def test_prefix_retrieval_and_adapters_equal_reading_anew():
 
 
 def test_a_cache_goes_on_and_a_shared_prefix_stays(monkeypatch):
-  """Layers in a scan, one of them with a window."""
+  """Layers in a scan, one of them with a window; also layers taken apart."""
   monkeypatch.setattr(reading, "UNROLLED", 0)
   config = tiny.FAMILIES["qwen2"]
   frozen = tiny.params(config)
@@ -146,18 +146,18 @@ def test_a_cache_goes_on_and_a_shared_prefix_stays(monkeypatch):
     prefix=prefix,
     cache=decoder.init_cache(config, B, 5),
   )
-  found = generate.generate(
-    config,
-    frozen,
-    ids[:, 3:],
-    valid[:, 3:],
-    GenerateSettings(N),
-    prefix=prefix,
-    cache=before.cache,
-  )
-  _assert_equal(
-    found, *_by_reading_anew(config, ids, valid, N, start=P, prefix=prefix)
-  )
+  wanted = _by_reading_anew(config, ids, valid, N, start=P, prefix=prefix)
+  for weights in (frozen, decoder.split(frozen)):
+    found = generate.generate(
+      config,
+      weights,
+      ids[:, 3:],
+      valid[:, 3:],
+      GenerateSettings(N),
+      prefix=prefix,
+      cache=before.cache,
+    )
+    _assert_equal(found, *wanted)
 
 
 @pytest.mark.parametrize("case", GOLDEN["beams"], ids=["beams", "diverse"])
