@@ -18,7 +18,7 @@ from jaxmem.methods import memoryllm
 from jaxmem.methods.memoryllm import Model, Params, Rows, State
 from jaxmem.methods.mplus_retrieval import Layer, Relevance, retrieval
 from jaxmem.methods.mplus_state import check_state, commit
-from jaxmem.models import decoder, generate
+from jaxmem.models import decoder, generate, reading
 
 
 class Context(NamedTuple):
@@ -87,6 +87,7 @@ def context(
   asked: Bool[Array, "L *B T"] | None = None,
   bias: Float[Array, "L *B C"] | None = None,
   rate: tuple[jax.Array, jax.Array] | None = None,
+  prefix: decoder.Prefix | None = None,
 ) -> Context:
   """Make of a memory what the decoder takes, to read or to generate behind it.
 
@@ -104,19 +105,18 @@ def context(
     bias: added to the scores of the store's slots, see `mplus_retrieval.Layer`.
     rate: (tokens that count, as `asked`; pool rows that ask [L, N]): also rate
       the pool's rows, as training does; of one shared memory.
+    prefix: what `ready` made of this very state; None works it out.
 
   Raises:
     ValueError: a memory of another model or shape.
   """
   check_state(model, state)
-  if state.pool.age.ndim == 3:
-    state = jax.tree.map(
-      lambda leaf: jnp.moveaxis(leaf, 0, 1) if leaf.ndim > 2 else leaf, state
+  state = _layers_first(state)
+  settings, rows, before = model.settings, state.pool.rows, prefix
+  if before is None:
+    before = memoryllm.prefix(
+      model, frozen, params, rows, retrieved=settings.retrieved
     )
-  settings, rows = model.settings, state.pool.rows
-  before = memoryllm.prefix(
-    model, frozen, params, rows, retrieved=settings.retrieved
-  )
   if state.store is None:
     return Context(before, None, None, params.read)
   slots = state.store.slots
@@ -133,6 +133,44 @@ def context(
     )
   layer = Layer(slots, params.projectors["query"], asked, relevance, bias=bias)
   return Context(before, retrieval(model.config, settings), layer, params.read)
+
+
+def ready(
+  model: Model, frozen: Any, params: Params, state: State
+) -> decoder.Prefix:
+  """Make of a memory what all questions to it share, once after each write.
+
+  The pool's keys, rotated for their places behind the bos, and its values; both
+  are worked out first for a memory that does not keep them. For `answer` and
+  `context`; void once the memory is written. (Of the rope kinds "dynamic" and
+  "longrope" keys are rotated for each question all the same.)
+  Source: our choice; the published code does all of it for each question.
+
+  Args:
+    state: one memory, or B.
+
+  Returns: leaves [L, *B, 1 + N, ...], as large as the pool's keys and values.
+
+  Raises:
+    ValueError: a memory of another model or shape.
+  """
+  check_state(model, state)
+  before = memoryllm.prefix(
+    model, frozen, params, _layers_first(state).pool.rows,
+    retrieved=model.settings.retrieved,
+  )  # fmt: skip
+  return reading.settle(
+    model.config, frozen, before, adapters=params.read, dtype=model.dtype
+  )
+
+
+def _layers_first(state):
+  """Put the layers of several memories before B, as the decoder wants them."""
+  if state.pool.age.ndim == 2:
+    return state
+  return jax.tree.map(
+    lambda leaf: jnp.moveaxis(leaf, 0, 1) if leaf.ndim > 2 else leaf, state
+  )
 
 
 def read(
@@ -174,13 +212,15 @@ def answer(
   rng: jax.Array | None = None,
   bias: Float[Array, "L *B C"] | None = None,
   keep_aux: bool = False,
+  prefix: decoder.Prefix | None = None,
 ) -> generate.Generated:
   """Generate behind a memory; arguments as in `generate.generate`.
 
   Args:
-    bias: see `context`.
+    bias, prefix: see `context`.
     keep_aux: also return `mplus_retrieval.Retrieved`, stacked over layers.
   """
+  given = context(model, frozen, params, state, bias=bias, prefix=prefix)
   return generate.generate(
     model.config,
     frozen,
@@ -191,7 +231,7 @@ def answer(
     start=model.settings.start,
     dtype=model.dtype,
     keep_aux=keep_aux,
-    **context(model, frozen, params, state, bias=bias)._asdict(),
+    **given._asdict(),
   )
 
 

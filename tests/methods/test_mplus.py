@@ -19,6 +19,7 @@ from tests.reference import memoryllm as reference
 ENCODE = jax.jit(memoryllm.encode, static_argnums=0)
 WRITE = jax.jit(mplus.write, static_argnums=0)
 READ = jax.jit(mplus.read, static_argnums=0)
+READY = jax.jit(mplus.ready, static_argnums=0)
 ROOM = 8
 assert_close = functools.partial(
   np.testing.assert_allclose, atol=1e-5, rtol=1e-5
@@ -125,6 +126,41 @@ def test_one_memory_for_many_questions(model):
     GenerateSettings(3, eos_ids=()),
   )  # fmt: skip
   np.testing.assert_array_equal(answers.tokens, by_row.tokens)
+  again = mplus.answer(
+    model, frozen, params, own, *_pair(*questions),
+    GenerateSettings(3, eos_ids=()),
+    prefix=READY(model, frozen, params, own),
+  )  # fmt: skip
+  np.testing.assert_array_equal(again.tokens, by_row.tokens)
+
+
+def test_what_is_ready_for_all_questions():
+  """Keys are rotated for their places: row j for 1 + R + j."""
+  frozen, params = remembering.weights(MPLUS)
+  state, bare = _written(MPLUS), _written(MPLUS, keep_key_value=False)
+  one = READY(MPLUS, frozen, params, state)
+  assert one.positions is None and one.hidden is None
+  both = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), state)
+  both = READY(MPLUS, frozen, params, both)
+  other = READY(MPLUS, frozen, params, bare)
+  for name in ("key", "value"):
+    leaf = getattr(one, name)
+    assert_close(leaf, getattr(both, name)[:, 1])
+    assert_close(leaf, getattr(other, name))
+  place = 1 + MPLUS.settings.retrieved + 2
+  angle = place * 10_000.0 ** -(np.arange(4) / 4)  # a head is 8 wide
+  first, second = np.split(np.asarray(state.pool.rows.key[1, 2, 0]), 2)
+  np.testing.assert_allclose(
+    one.key[1, 3, 0],
+    np.concatenate(
+      [
+        first * np.cos(angle) - second * np.sin(angle),
+        second * np.cos(angle) + first * np.sin(angle),
+      ]
+    ),
+    atol=1e-5,
+  )
+  np.testing.assert_array_equal(one.value[:, 1:], state.pool.rows.value)
 
 
 @pytest.mark.parametrize("model", [SHORT, MPLUS], ids=["memoryllm", "mplus"])
