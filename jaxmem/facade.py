@@ -48,6 +48,7 @@ class Programs(NamedTuple):
   """What is compiled once for a model."""
 
   write: Any  # (frozen, params, state, ids, valid) -> state
+  answer: Any  # (.., state, at, ids, valid, settings, rng) -> Generated
 
 
 class MemoryModel:
@@ -64,7 +65,11 @@ class MemoryModel:
     huggingface.check_vocabulary(loaded.model.config, tokenizer)
     self.loaded, self.tokenizer, self._mesh = loaded, tokenizer, mesh
     write = functools.partial(mplus.write, loaded.model)
-    self._programs = Programs(parallel.compile_function(write))
+    answer = functools.partial(_answer, loaded.model)
+    self._programs = Programs(
+      parallel.compile_function(write),
+      parallel.compile_function(answer, static_argnames="settings"),
+    )
 
   @functools.cached_property
   def fingerprint(self) -> str:
@@ -172,11 +177,9 @@ class MemoryModel:
     length = generate.bucket_length(max(map(len, prompts)))
     ids, valid = generate.pad_prompts(prompts, length)
     one = len(set(at)) == 1  # shared: not copied for every question
-    index = at[0] if one else np.asarray(at)
-    state = jax.tree.map(lambda leaf: leaf[index], memory.arrays)
-    out = mplus.answer(
-      self.loaded.model, *self._weights, state, ids, valid, settings,
-      rng=jax.random.key(seed),
+    out = self._programs.answer(
+      *self._weights, memory.arrays, np.int32(at[0] if one else at), ids, valid,
+      settings=settings, rng=jax.random.key(seed),
     )  # fmt: skip
     ends = np.asarray(out.length - out.done)
     return [
@@ -237,6 +240,19 @@ class MemoryModel:
         f"number from 0 to {count - 1}, or one for each text"
       )
     return texts, at
+
+
+def _answer(model, frozen, params, state, at, ids, valid, *, settings, rng):
+  """Answer from memory number `at`, [] or one for each question.
+
+  Compiled as a whole, so that of a memory only what is read is copied, and
+  nothing where there is no other.
+  """
+  alone = at.ndim == 0 and len(state.pool.writes) == 1
+  state = jax.tree.map(lambda leaf: leaf[0 if alone else at], state)
+  return mplus.answer(
+    model, frozen, params, state, ids, valid, settings, rng=rng
+  )
 
 
 def load(
