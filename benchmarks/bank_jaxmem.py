@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import bank_arrays
+from benchmarks.timed import Timed
 from jaxmem.memory import aggregator, bank, retriever
 
 BLOCKS, ONE, MATMUL, FAISS = "blocks", "matmul, top-k", "matmul", "faiss"
@@ -20,34 +21,7 @@ SLOT = (4, 32)  # memory of a document, as wide as its key
 SLOT_BYTES = 4 * 128 + 4 * 128 + 21  # memory, key, and the rest of a slot
 
 
-class _Timed:
-  """A contestant whose `_go` returns what is to be waited for."""
-
-  def __init__(self):
-    self._device = jax.devices()[0]
-    self.runs_on = f"jax {jax.__version__}, {self._device.device_kind}"
-
-  def step(self, index: int) -> dict[str, Any]:
-    """One piece of work, from call to result."""
-    start, cpu = time.perf_counter(), time.process_time()
-    out = jax.block_until_ready(self._go(index))
-    sec, cpu_sec = time.perf_counter() - start, time.process_time() - cpu
-    return {"sec": sec, "cpu_sec": cpu_sec, "tokens": self._items} | (
-      self._shown(out)
-    )
-
-  def _shown(self, out):
-    del out
-    return {}
-
-  def device_peak(self) -> int | None:
-    """Peak bytes of the accelerator; None on the CPU."""
-    if self._device.platform == "cpu":
-      return None
-    return self._device.memory_stats()["peak_bytes_in_use"]
-
-
-class ScanKeys(_Timed):
+class ScanKeys(Timed):
   """The k best of all keys for a batch of queries.
 
   Args:
@@ -131,7 +105,7 @@ class ScanFaiss:
     """It runs on the CPU."""
 
 
-class WriteBank(_Timed):
+class WriteBank(Timed):
   """Writing 64 new documents, the bank donated.
 
   Args:
@@ -174,7 +148,7 @@ class WriteBank(_Timed):
     return self._held.clock
 
 
-class ReadBank(_Timed):
+class ReadBank(Timed):
   """One question that reads the memories of many documents.
 
   Args:

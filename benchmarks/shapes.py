@@ -8,7 +8,8 @@ from jaxmem.models.config import ModelConfig
 from jaxmem.models.parameters import parameter_shapes
 
 
-def _llama(vocab, layers, hidden, heads, kv_heads, mlp, **more) -> ModelConfig:
+def llama(vocab, layers, hidden, heads, kv_heads, mlp, **more) -> ModelConfig:
+  """Make a config of these sizes; `more` replaces keys of a config.json."""
   return model_config.from_hf(
     {
       "model_type": "llama",
@@ -31,12 +32,12 @@ def _llama(vocab, layers, hidden, heads, kv_heads, mlp, **more) -> ModelConfig:
 
 
 SHAPES = {
-  "smoke": _llama(64, 2, 16, 2, 1, 32),
-  "tiny": _llama(1728, 6, 128, 4, 4, 384),  # that of the embedded model
-  "small": _llama(8192, 4, 256, 4, 4, 768),  # seconds a step on one core
+  "smoke": llama(64, 2, 16, 2, 1, 32),
+  "tiny": llama(1728, 6, 128, 4, 4, 384),  # that of the embedded model
+  "small": llama(8192, 4, 256, 4, 4, 768),  # seconds a step on one core
   # 83M: its weights are no CPU's cache; a pass over one row is bound by memory.
-  "medium": _llama(8192, 12, 768, 12, 4, 2304),
-  "1b": _llama(128_256, 16, 2048, 32, 8, 8192),  # Llama-3.2-1B
+  "medium": llama(8192, 12, 768, 12, 4, 2304),
+  "1b": llama(128_256, 16, 2048, 32, 8, 8192),  # Llama-3.2-1B
 }
 
 

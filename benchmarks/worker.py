@@ -31,6 +31,8 @@ CONTESTANTS = {
   "write-bank": "benchmarks.bank_jaxmem:WriteBank",
   "read-bank": "benchmarks.bank_jaxmem:ReadBank",
   "read-pytorch": "benchmarks.bank_pytorch:ReadPytorch",
+  "answer-mplus": "benchmarks.mplus_jaxmem:AnswerMplus",
+  "write-mplus": "benchmarks.mplus_jaxmem:WriteMplus",
 }
 _STATUS = pathlib.Path("/proc/self/status")
 _CLEAR = pathlib.Path("/proc/self/clear_refs")
