@@ -25,6 +25,7 @@ from jaxmem.methods import (
 )
 from jaxmem.methods.memoryllm import Model, Params, Rows, State
 from jaxmem.methods.mplus_config import Lora
+from jaxmem.methods.mplus_names import PROJECTORS
 from jaxmem.methods.mplus_published import config_file, make_settings
 from jaxmem.methods.mplus_setup import Base
 from jaxmem.methods.mplus_step import Memories
@@ -101,10 +102,14 @@ def load(config: ConfigDict) -> Origin:
     remat=config.train.remat,
     constrain=parallel.make_constrain(mesh),
   )
-  params, state = mplus_params.init(model, weights, lora, rng=rng), None
-  if config.start:
-    made = found.params.projectors or params.projectors
-    params, state = found.params._replace(projectors=made), found.state
+  if not config.start:
+    params, state = mplus_params.init(model, weights, lora, rng=rng), None
+  else:
+    params, state = found.params, found.state
+    if settings.key_width and params.projectors is None:
+      keys = jax.random.split(rng, len(PROJECTORS))
+      drawn = mplus_params.draw_projectors(model, keys)
+      params = params._replace(projectors=drawn)
   base = Base(model, lora, weights, tokenizer, mesh, fingerprint(weights))
   return Origin(base, params, state, place)
 
