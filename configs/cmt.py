@@ -285,11 +285,16 @@ def _tiny(config: ConfigDict) -> None:
   config.eval.decode = "greedy"
   config.eval.max_new_tokens = 4
   config.eval.min_match = None
+  _tiny_stages(config)
+
+
+def _tiny_stages(config: ConfigDict) -> None:
+  """From one memory to many to choose among."""
   config.order = (
     "one", "own", "many", "short", "pair", "half", "whole", "eight", "sixteen",
     "all",
   )  # fmt: skip
-  # CMT: from one memory as it is, through the aggregator, to many.
+  # CMT: one memory as it is, then through the aggregator, then many.
   config.stages.one = _stage(
     steps=600, only=("cmt",), questions=4, no_aggregate=True, alpha=0.0,
     beta=0.1,
