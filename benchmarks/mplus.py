@@ -225,6 +225,9 @@ def memories(args: argparse.Namespace) -> dict[str, Any]:
     ratios = contest.compare(
       arms, [Ratio(name, first) for name in arms if name != first]
     )
+    many = dict(zip(arms, args.memories, strict=True))
+    for item in ratios:  # a step of more memories does more
+      item["cpu_ratio"] *= many[item["over"]] / many[first]
     print(contest.describe(ratios))
     out[part] = {"arms": arms, "ratios": ratios}
   return out
