@@ -71,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   numbers = args.memories.split(",")
   if not all(number.isdecimal() and int(number) > 0 for number in numbers):
     parser.error(f"--memories={args.memories}: whole numbers, by commas")
-  args.memories = [int(number) for number in numbers]
+  args.memories = list(dict.fromkeys(map(int, numbers)))
   for name in ("scale", "questions", "repetitions", "warmup"):
     if getattr(args, name) < 1:
       parser.error(f"--{name.replace('_', '-')} must be at least 1")
