@@ -31,7 +31,7 @@ SMALL = {
   "data.longest": 6,
   "data.sentence": 10,
   "data.contexts": 3,
-  "optim.batch": 4,
+  "optim.batch": 2,
   "optim.memories": 2,
   "optim.rate": 1e-2,
   "train.steps": 2,
@@ -41,8 +41,12 @@ SMALL = {
   "train.log_steps": 1,
   "eval.samples": 0,
 }
-# Stage 1 has two rows for a memory, the others, which compile longer, one.
-LATER = {"memory.key_width": 4, "data.long_share": 0.2, "optim.batch": 2}
+# Without dropout, which stage 1 has: less is compiled.
+LATER = {
+  "memory.key_width": 4,
+  "memory.lora_dropout": 0.0,
+  "data.long_share": 0.2,
+}
 STORE = {"memory.pool_blocks": 2, "memory.long_blocks": 1, "memory.capacity": 0}
 
 
@@ -187,7 +191,7 @@ def test_sizes_are_the_published_ones():
     ("stage1", {"data.shortest": 7}, "longest is 6"),
     ("stage2", {"data.long_share": 1.0}, "long_share is 1.0"),
     ("stage2", {"data.long_shortest": 7}, "long_shortest is 7"),
-    ("stage1", {"optim.memories": 3}, "4 rows and optim.memories 3"),
+    ("stage1", {"optim.memories": 3}, "2 rows and optim.memories 3"),
     ("stage1", {"mesh.data": 4}, "memories is 2, not divisible by .* = 4"),
     ("stage1", {"optim.rate": 0.0}, "optim.rate is 0.0"),
     ("stage1", {"optim.schedule": "step"}, "optim.schedule"),
