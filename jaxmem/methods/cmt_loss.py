@@ -140,8 +140,9 @@ def make_loss(model: Model) -> Callable:
       model, params, found.question, found.bank, found.scores, found.own
     )
     drop = None
-    if rng is not None and model.drops:  # other keys than those of texts
-      drop = jax.random.fold_in(jax.random.fold_in(rng, 1), gather.index())
+    # Other keys than those of texts, which `split` makes by folding in 0 and 1.
+    if rng is not None and model.drops:
+      drop = jax.random.fold_in(jax.random.fold_in(rng, 2), gather.index())
     nll, hit = answer_loss(
       model, frozen, params, found.answers, labels,
       to_prefix(model, params, latents), rng=drop,
