@@ -5,6 +5,7 @@ long documents is not sharded; ours is a pure function of the step.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ from jaxmem.data.memory_rows import Texts
 from jaxmem.data.rows import BadRows, RowError, text_field
 from jaxmem.data.sources import read_rows
 
-_DRAWS = 64  # documents that a row tries before it stays empty
+_DRAWS = 64  # documents that a row tries before it is an error
+_log = logging.getLogger(__name__)
 
 
 class Sample(NamedTuple):
@@ -190,7 +192,8 @@ def read_texts(
   Args:
     source: see `sources.read_rows`.
     ranges: (first, end) of rows, counted as they are read; None: all the rest.
-    on_error: of `rows.ON_ERROR`, at malformed rows.
+    on_error: of `rows.ON_ERROR`, at malformed rows; a line says how many were
+      skipped.
 
   Raises:
     ValueError: a source that is not there, or a range without a row.
@@ -221,6 +224,8 @@ def read_texts(
         f"{source}: no text in rows {first} to {last} of {number + 1} "
         f"({bad.summary()}): give other rows, or more texts"
       )
+  if bad.skipped:
+    _log.warning("%s: %s", source, bad.summary())
   return out
 
 

@@ -98,7 +98,7 @@ def test_sources_have_their_shares_and_their_own_cuts():
   assert set(lengths[first]) == {8} and set(lengths[~first]) > {3, 8}
 
 
-def test_texts_of_files_are_encoded_when_they_are_drawn(tmp_path):
+def test_texts_of_files_are_encoded_when_they_are_drawn(tmp_path, caplog):
   path = tmp_path / "texts.jsonl"
   rows = [{"text": "a" * n} for n in range(1, 6)]
   rows.insert(2, {"title": "none"})
@@ -109,6 +109,7 @@ def test_texts_of_files_are_encoded_when_they_are_drawn(tmp_path):
     str(path), [(0, 2), (2, 5)], on_error="skip"
   )
   assert held == ["a", "aa"] and texts == ["aaa", "aaaa"]
+  assert "1 rows skipped, the first: " in caplog.text
   # What comes after the last range is not read.
   assert long_texts.read_texts(str(path), [(1, 2)]) == [["aa"]]
   asked = []
