@@ -28,7 +28,6 @@ from jaxmem.methods.remix import check
 from jaxmem.models.fingerprint import fingerprint
 
 WORLD = "world"
-DTYPES = ("float32", "bfloat16")
 DRAWN = ("facts", "scaffold", "filler", "hard", "seed")  # of the world
 _log = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ def load_base(config: ConfigDict) -> Base:
   Raises:
     ValueError: no such model, or an unknown type.
   """
-  check("base_dtype", config.base_dtype, DTYPES)
+  check("base_dtype", config.base_dtype, base_model.DTYPES)
   dtype = jnp.dtype(config.base_dtype)
   loaded = base_model.load(config.model, config.mesh, dtype=dtype)
   return Base(
