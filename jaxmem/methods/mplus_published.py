@@ -146,11 +146,11 @@ def check_config(config: ConfigDict) -> None:
       f"{splitting.longest}"
     )
   share = len(data.long_sources) * data.long_share
-  if not 0 <= share < 1:
+  if data.long_sources and not 0 < share < 1:
     raise ValueError(
       f"data.long_share is {data.long_share} of each of "
-      f"{len(data.long_sources)} long_sources: less than 1 in all is needed, "
-      "the rest is of data.source"
+      f"{len(data.long_sources)} long_sources: above 0, and less than 1 in all "
+      "is needed; the rest is of data.source"
     )
   if config.eval.samples and data.held_out < 1:
     raise ValueError(

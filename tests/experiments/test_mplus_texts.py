@@ -190,6 +190,7 @@ def test_sizes_are_the_published_ones():
     ("stage1", {"data.longest": 64, "data.sentence": 64}, "all of one chunk"),
     ("stage1", {"data.shortest": 7}, "longest is 6"),
     ("stage2", {"data.long_share": 1.0}, "long_share is 1.0"),
+    ("stage2", {"data.long_share": 0.0}, "above 0, and less than 1 in all"),
     ("stage2", {"data.long_shortest": 7}, "long_shortest is 7"),
     ("stage1", {"optim.memories": 3}, "2 rows and optim.memories 3"),
     ("stage1", {"mesh.data": 4}, "memories is 2, not divisible by .* = 4"),
