@@ -208,15 +208,24 @@ def run_layers(
       `jax.checkpoint_policies` says what to keep instead.
 
   Returns: (x after the last layer, out stacked over layers).
+
+  Raises:
+    ValueError: lists that are not of L subtrees.
   """
   if remat:
     policy = None if remat is True else remat
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
-  lists = [n for n in jax.tree.leaves(stacked, is_leaf=_is_list) if _is_list(n)]
-  if not lists:
+  nodes = jax.tree.leaves(stacked, is_leaf=_is_list)
+  if not any(map(_is_list, nodes)):
     return jax.lax.scan(body, x, stacked)
+  numbers = {len(node) for node in nodes}
+  if len(numbers) > 1:
+    raise ValueError(
+      f"lists and leading axes of what layers take are {sorted(numbers)} long: "
+      "a list has an entry for each layer; use tuples for other pytrees"
+    )
   made = []
-  for index in range(len(lists[0])):
+  for index in range(len(nodes[0])):
     x, out = body(x, layer_of(stacked, index))
     made.append(out)
   return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)

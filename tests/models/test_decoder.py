@@ -142,6 +142,8 @@ def test_collect_and_constrain():
   assert decoder.apply(LLAMA, frozen, ids).collected is None
   apart = decoder.split(frozen)
   assert len(apart["layers"]) == 2
+  with pytest.raises(ValueError, match=r"\[2, 3\] long.*use tuples"):
+    decoder.run_layers(max, None, (apart["layers"], jnp.zeros(3)))
   again = decoder.apply(LLAMA, apart, ids, collect=lambda trace: trace)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5),
