@@ -45,6 +45,7 @@ from experiments.runs import (
   label_keys,
   make_parser,
 )
+from jaxmem.evaluation import markdown
 from jaxmem.evaluation.statistics import format_mean_sd, paired_bootstrap
 
 CORRECT_FILE = "correct.json"
@@ -77,7 +78,7 @@ def above(point: tuple[float, float], line: np.ndarray) -> float | None:
 def matrix(rows: Sequence[Row], names: Sequence[str]) -> str:
   """The table of all rows, the base first."""
   columns = [HEAD[0], *names, *HEAD[1:], "parameters", "runs"]
-  lines = [columns, ["---"] * len(columns)]
+  lines = []
   curves = collections.defaultdict(list)
   done = [run for row in rows for run in row.done]
   for run in done:
@@ -111,7 +112,7 @@ def matrix(rows: Sequence[Row], names: Sequence[str]) -> str:
     total = row.done[0].result.get("parameters.total")
     line += [NONE if total is None else f"{total:,.0f}", str(len(row.done))]
     lines.append(line)
-  return _markdown(lines)
+  return markdown.table(columns, lines)
 
 
 def references(
@@ -139,14 +140,14 @@ def references(
 def paired(rows: Sequence[Row], names: Sequence[str]) -> str:
   """Differences from adapters alone on the same questions."""
   rows = [row for row in rows if row.done]
-  lines = [["row", "against", "target", "kept", "by seed: target", "kept"]]
-  lines.append(["---"] * len(lines[0]))
+  lines = []
   for row in rows:
     for name, other in references(row, rows, names).items():
       found = compare(row, other, names)
       if found:
         lines.append([title(row), name, *found])
-  return _markdown(lines) if len(lines) > 2 else ""
+  head = ["row", "against", "target", "kept", "by seed: target", "kept"]
+  return markdown.table(head, lines) if lines else ""
 
 
 def compare(row: Row, other: Row, names: Sequence[str]) -> list[str] | None:
@@ -217,10 +218,6 @@ def _spread(values):
 def _values(runs, key):
   found = (run.result.get(key) for run in runs)
   return _spread(value for value in found if value is not None)
-
-
-def _markdown(lines):
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from experiments.runs import (
   label_keys,
   make_parser,
 )
-from jaxmem.evaluation import plots, statistics
+from jaxmem.evaluation import markdown, plots, statistics
 from jaxmem.evaluation.retention_report import STILL
 
 OUTPUT_FILE = "reach.md"
@@ -79,10 +79,10 @@ def section(row: Row, results: Sequence[Run]) -> str:
     [name, *(_cell(results, name, key) for key in COLUMNS.values())]
     for name in results[0]
   ]
-  text = f"## {title}\n\n" + _table(["subject", *COLUMNS], lines)
+  text = f"## {title}\n\n" + markdown.table(["subject", *COLUMNS], lines)
   held = targets(results)
   if held:
-    text += "\n" + _table(["target", "wanted", "found", "holds"], held)
+    text += "\n" + markdown.table(["target", "wanted", "found", "holds"], held)
   return text
 
 
@@ -183,11 +183,6 @@ def _curve(results, name, kind) -> plots.Curve | None:
   spots = [statistics.mean_sd([run[at] for run in by_run]) for at in places]
   means, sds = zip(*spots, strict=True)
   return plots.Curve(places, means, [sd or 0.0 for sd in sds])
-
-
-def _table(head, lines) -> str:
-  rows = [head, ["---"] * len(head), *lines]
-  return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,7 +24,13 @@ from experiments.runs import (
   label_keys,
   make_parser,
 )
-from jaxmem.evaluation import plots, plots_where, statistics, where
+from jaxmem.evaluation import (
+  markdown,
+  plots,
+  plots_where,
+  statistics,
+  where,
+)
 
 MAX_COLUMNS = 12  # by default; more do not fit a page
 MAX_CURVES = 6
@@ -53,7 +59,7 @@ def table(
   rows: Sequence[Row], keys: Sequence[str], columns: Sequence[str]
 ) -> str:
   """Write the rows as a markdown table; "runs" counts done (+ unfinished)."""
-  lines = [[*keys, *columns, "runs"], ["---"] * (len(keys) + len(columns) + 1)]
+  lines = []
   for row in rows:
     cells = [
       statistics.format_mean_sd(values) if values else NONE
@@ -62,10 +68,7 @@ def table(
     left = len(row.runs) - len(row.done)
     runs = f"{len(row.done)} (+{left} unfinished)" if left else len(row.done)
     lines.append([*row.labels.values(), *cells, str(runs)])
-  return "".join(
-    f"| {' | '.join(c.replace('|', chr(92) + '|') for c in line)} |\n"
-    for line in lines
-  )
+  return markdown.table([*keys, *columns, "runs"], lines)
 
 
 def unfinished(runs: Sequence[Run]) -> str:

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxmem.evaluation import knowledge_retention, plots
+from jaxmem.evaluation import knowledge_retention, markdown, plots
 from jaxmem.evaluation.knowledge_retention import Point
 
 NONE = "–"
@@ -110,7 +110,7 @@ def tables(rows: Sequence[Row], width: int = 1) -> str:
       + [_number(found.get("of_gold"))]
     )
   text = "Percent of facts said, by texts written since [95 %].\n\n"
-  text += _table(head, lines)
+  text += markdown.table(head, lines)
   if any(row.upper_bound for row in rows):
     text += "\n\\* an upper bound: it keeps or is shown raw text.\n"
   text += _rows_table(rows, writes, flat)
@@ -135,7 +135,7 @@ def _rows_table(rows, writes, flat):
     return ""
   head = ["subject", "a fact's rows", *(str(at) for at in writes)]
   text = "\nRows that a fact was written as; recall is of the stored ones.\n\n"
-  return text + _table([*head, "times random"], lines)
+  return text + markdown.table([*head, "times random"], lines)
 
 
 def _book_table(rows, width):
@@ -145,7 +145,7 @@ def _book_table(rows, width):
           for at in places]  # fmt: skip
   lines = [[_name(row), *map(_interval, row.book)] for row in shown]
   text = "\nPercent right on documents of a book, by their number [95 %].\n\n"
-  return text + _table(["subject", *head], lines)
+  return text + markdown.table(["subject", *head], lines)
 
 
 def draw(folder: pathlib.Path, rows: Sequence[Row]) -> list[pathlib.Path]:
@@ -203,8 +203,3 @@ def _number(value):
   if value is None or math.isnan(value):
     return NONE
   return f"{value:.3g}"
-
-
-def _table(head, lines) -> str:
-  rows = [head, ["---"] * len(head), *lines]
-  return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxmem.evaluation import plots, stream_scores
+from jaxmem.evaluation import markdown, plots, stream_scores
 from jaxmem.evaluation.stream_curves import Point
 from jaxmem.evaluation.streams import Result
 
@@ -78,7 +78,7 @@ def tables(rows: Sequence[Row]) -> str:
     ]
     for row in rows
   ]
-  text += _table(head, lines)
+  text += markdown.table(head, lines)
   text += (
     "\nold value, other: the value that held before, and what another "
     "document answers, instead.\n"
@@ -97,7 +97,7 @@ def tables(rows: Sequence[Row]) -> str:
     for row, found in zip(rows, flat, strict=True)
   ]
   text += f"\nBudgets; times in questions of {UNIT}.\n\n"
-  text += _table(["learner", *columns], lines)
+  text += markdown.table(["learner", *columns], lines)
   ages = {
     name: where
     for name, where in AGES.items()
@@ -109,7 +109,7 @@ def tables(rows: Sequence[Row]) -> str:
       for row in rows
     ]
     text += "\nNew facts by when they were read, the first quarter first.\n\n"
-    text += _table(["learner", *ages], lines)
+    text += markdown.table(["learner", *ages], lines)
   if any(row.result.upper_bound for row in rows):
     text += "\n\\* an upper bound: it keeps or is shown raw text.\n"
   return text
@@ -134,11 +134,6 @@ def _number(value):
   if value is None:
     return NONE
   return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def _table(head, lines) -> str:
-  rows = [head, ["---"] * len(head), *lines]
-  return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 # Panels of a plot: title -> score of a point

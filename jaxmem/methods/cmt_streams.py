@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from jaxmem.data import pair_rows, stream_sets, world, world_streams
 from jaxmem.data.streams import Stream
-from jaxmem.evaluation import statistics, stream_edits, streams
+from jaxmem.evaluation import markdown, statistics, stream_edits, streams
 from jaxmem.memory import bank
 from jaxmem.methods import cmt_learner, cmt_train
 from jaxmem.methods.cmt_batches import Reading, document_tokens, prompt_text
@@ -247,9 +247,8 @@ def table(ladders: Sequence[Mapping[str, streams.Result]]) -> str:
 
   names = [name for name in ladders[0] if all(name in x for x in ladders)]
   used = [c for c in COLUMNS if any(cell(name, c) for name in names)]
-  lines = [["memory", *used], ["---"] * (len(used) + 1)]
-  lines += [[name, *(cell(name, c) for c in used)] for name in names]
-  return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+  lines = [[name, *(cell(name, c) for c in used)] for name in names]
+  return markdown.table(["memory", *used], lines)
 
 
 def correct(result: streams.Result) -> dict[str, list[Any]]:
