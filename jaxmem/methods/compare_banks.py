@@ -1,7 +1,6 @@
 """Trained CMT, MAC and MBC among the learners that are compared."""
 
 import json
-import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from jaxmem.data.streams import Stream
 from jaxmem.memory import bank
 from jaxmem.methods import cmt, cmt_files, cmt_learner
 from jaxmem.methods.cmt_batches import Reading
-from jaxmem.methods.compare_setup import Base, Made
+from jaxmem.methods.compare_setup import Base, Made, most_documents
 from jaxmem.training.learners import compile_learner
 
 CMT, MAC, MBC = "cmt", "mac", "mbc"
@@ -35,10 +34,7 @@ def banked(
     loaded = base.reader.loaded
     model = cmt.Model(loaded.config, saved.settings)
     params = cmt_files.load(directory, model, loaded.weights, base.name)
-    noise = max(config.noise.percents, default=0) / 100
-    capacity = bank.next_capacity(
-      math.ceil((1 + noise) * len(stream.documents))
-    )
+    capacity = bank.next_capacity(most_documents(config, base, stream))
     limit = config.min_match
     limit = saved.min_match if limit is None else limit
     matched = method == CMT and changes.get("score", "match") == "match"

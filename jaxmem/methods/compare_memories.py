@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from jaxmem.data.streams import Stream
 from jaxmem.methods import base as base_model
 from jaxmem.methods import memoryllm, mplus_files, mplus_learner
-from jaxmem.methods.compare_setup import Base, Made
+from jaxmem.methods.compare_setup import Base, Made, most_documents
 from jaxmem.methods.mplus_learner import Reading, Weights
 from jaxmem.models import decoder, huggingface
 from jaxmem.models.fingerprint import fingerprint
@@ -45,12 +45,11 @@ def remembered(
       rng=jax.random.key(config.seed),
     )
     settings = loaded.model.settings
-    # The noise curve at most doubles a stream.
     chunks = memoryllm.chunk_lengths(
       settings, max(config.data.document_tokens, settings.shortest)
     )
     given = {
-      "capacity": 2 * len(stream.documents) * len(chunks),
+      "capacity": most_documents(config, base, stream) * len(chunks),
       "decode": reader.decode,
       "batch_size": reader.rows,
       "max_question_tokens": config.ask.max_question_tokens,

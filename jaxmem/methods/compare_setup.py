@@ -177,6 +177,15 @@ def noisy_streams(
   return {p: fit(config, base, s) for p, s in noisy.items()}
 
 
+def most_documents(config: ConfigDict, base: Base, stream: Stream) -> int:
+  """Count the documents of the stream, or of its noisiest one: what a memory
+  needs room for. A long text among the noise may come in several pieces."""
+  noisy = ()
+  if config.noise.percents:
+    noisy = noisy_streams(config, base, stream).values()
+  return max(len(s.documents) for s in (stream, *noisy))
+
+
 def _noise(config, stream) -> tuple[Document, ...]:
   source, seed = config.noise.source, config.data.seed
   most = max(config.noise.percents) / 100

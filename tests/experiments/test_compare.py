@@ -258,6 +258,12 @@ def test_noise_of_every_kind(model_dir, tmp_path):
   config.noise.percents = (0, 200)
   found = compare_setup.noisy_streams(config, base, stream)
   assert [len(found[p].documents) for p in (0, 200)] == [1, 3]
+  config.data.update({"long_documents": "chunk", "document_tokens": 4})
+  found = compare_setup.noisy_streams(config, base, stream)
+  most = compare_setup.most_documents(config, base, stream)
+  assert most == len(found[200].documents) > 3, "texts in pieces"
+  config.noise.percents = ()
+  assert compare_setup.most_documents(config, base, stream) == 1
 
 
 @pytest.mark.parametrize(
