@@ -40,6 +40,8 @@ class Base(NamedTuple):
   name: str  # fingerprint of the weights
   encode: Encode
   question: Callable[[str], Prompt]
+  # (name in config.memories, method) -> checkpoint, read once for all its arms
+  checkpoint: Callable[[str, str], Loaded]
 
 
 Build = Callable[[ConfigDict, Base], Subject]
@@ -54,12 +56,24 @@ def load_base(config: ConfigDict) -> Base:
   check("base_dtype", config.base_dtype, base_model.DTYPES)
   dtype = jnp.dtype(config.base_dtype)
   loaded = base_model.load(config.model, config.mesh, dtype=dtype)
+  name = fingerprint(loaded.weights)
+
+  @functools.cache
+  def checkpoint(memory, method):
+    return compare_memories.load(
+      memory, config.memories[memory], method, loaded, base=name, dtype=dtype,
+      rng=jax.random.key(config.seed),
+      # A row is read once between two writes: that would not pay.
+      keep_key_value=False,
+    )  # fmt: skip
+
   return Base(
     loaded,
     dtype,
-    fingerprint(loaded.weights),
+    name,
     functools.partial(mplus_learner.tokens_of, loaded.tokenizer),
     mplus_subjects.questions(loaded.tokenizer, config.data.chat),
+    checkpoint,
   )
 
 
@@ -164,17 +178,7 @@ def remembered(
   """
 
   def build(config: ConfigDict, base: Base) -> Subject:
-    loaded = compare_memories.load(
-      memory,
-      config.memories[memory],
-      method,
-      base.loaded,
-      base=base.name,
-      dtype=base.dtype,
-      rng=jax.random.key(config.seed),
-      # A row is read once between two writes: that would not pay.
-      keep_key_value=False,
-    )
+    loaded = base.checkpoint(memory, method)
     if untrained:
       loaded = forget_retriever(loaded, rng=jax.random.key(config.seed))
     return mplus_subjects.memory(

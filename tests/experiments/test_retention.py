@@ -164,6 +164,8 @@ def test_memories_come_from_checkpoints(model_dir, tmp_path):
   made = retention.SUBJECTS["memoryllm_wide"](config, base)
   assert made.name == "memoryllm_wide" and made.pool == (6, 2)
   assert made.start(2).memories.pool.rows.key is None
+  pair = ("memoryllm_wide", "memoryllm")
+  assert base.checkpoint(*pair) is base.checkpoint(*pair), "read once"
   config.memories.mplus = str(tmp_path)
   with pytest.raises(ValueError, match="holds a checkpoint of memoryllm"):
     retention.SUBJECTS["mplus_own"](config, base)
