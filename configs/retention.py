@@ -102,3 +102,5 @@ def _publish(config: ConfigDict) -> None:
   config.books.number = 0
   config.ask.update({"max_new_tokens": 10, "batch_size": 20})
   config.prompt.update({"window": 2048, "max_tokens": 0})
+  # in_context would fill all positions, 131,072 of Llama 3.1.
+  config.subjects = "closed_book,gold,window,bm25,mplus"

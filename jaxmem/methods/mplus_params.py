@@ -1,7 +1,6 @@
 """What MemoryLLM and M+ train, before training, and its optimiser."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -74,7 +73,6 @@ def make_optimizer(
   rate: optimizer.Schedule | float,
   *,
   projector_scale: float | int | None = None,
-  held: Sequence[str] = (),
   b1: float | int = 0.9,
   b2: float | int = 0.999,
   weight_decay: float | int = 0.01,
@@ -89,12 +87,9 @@ def make_optimizer(
   Args:
     rate: a schedule, or a constant.
     projector_scale: factor on the projectors' rate; None where there are none.
-    held: patterns of paths that stay as they are, as `^projectors/`, or
-      `^(?!projectors/)` for all others.
     b1, b2, weight_decay, clip_norm: see `optimizer.adamw`.
   """
-  groups = [optimizer.Group(pattern, rate_scale=0.0) for pattern in held]
-  groups.append(optimizer.Group(r"(^|/)(scale|mask)$", weight_decay=0.0))
+  groups = [optimizer.Group(r"(^|/)(scale|mask)$", weight_decay=0.0)]
   if projector_scale is not None:
     scaled = optimizer.Group(r"^projectors/", rate_scale=projector_scale)
     groups.append(scaled)

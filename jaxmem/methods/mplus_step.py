@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxmem.data.long_texts import Sample
@@ -86,14 +85,6 @@ def start(states: State, tokens: int) -> Memories:
     jnp.zeros(memories, jnp.int32),
     revisit,
   )
-
-
-def partition_rules() -> tuple[tuple[str, PartitionSpec], ...]:
-  """Say where memories lie on a mesh: each with its row of the batch.
-
-  For the `memory` of a train state; put them before the model's own rules.
-  """
-  return ((r"^memory/", PartitionSpec(("data", "fsdp"))),)
 
 
 def draw(

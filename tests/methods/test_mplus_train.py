@@ -16,12 +16,12 @@ from jaxmem.methods import (
   mplus_loss,
   mplus_params,
   mplus_plan,
+  mplus_start,
   mplus_state,
   mplus_step,
 )
 from jaxmem.methods.memoryllm import Rows, Settings
 from jaxmem.methods.mplus_plan import Coins, Rules
-from jaxmem.models import decoder
 from jaxmem.training import parallel
 from jaxmem.training.step import init_state, make_train_step
 from tests.methods import remembering, small
@@ -243,8 +243,7 @@ def _run(name):
   else:
     compiled = parallel.compile_step(
       step, state, frozen, mesh=mesh, steps_per_call=STEPS,
-      rules=mplus_step.partition_rules() + decoder.partition_rules()
-      + parallel.REPLICATE,
+      rules=mplus_start.RULES,
     )  # fmt: skip
   state = compiled.put_state(jax.tree.map(jnp.copy, state))
   batches = [_batch(seed) for seed in range(STEPS)]
