@@ -14,6 +14,7 @@ from jaxmem.models import decoder
 from jaxmem.training import parallel
 from jaxmem.training.step import Gather, init_state, make_train_step
 from tests.methods import small
+from tests.models import tiny
 
 MESHES = {"1x1x1": (1, 1, 1), "8x1x1": (8, 1, 1), "2x2x2": (2, 2, 2)}
 TARGETS = ("q_proj", "down_proj")

@@ -32,6 +32,7 @@ def _layer(config, layers, index, rows):
     range(len(rows)),
     frequencies,
     index,
+    factors=None,
   )
 
 
