@@ -44,6 +44,17 @@ def select_in_batch(
   return Selected(index, values > -jnp.inf)
 
 
+def nearness(own: Int[Array, "G"], documents: int) -> Float[Array, "G B"]:
+  """Score documents by how soon they stand behind a question's own one.
+
+  After the last comes the first. For methods without a loss that trains scores:
+  by an untrained score the same few documents are the best of every question,
+  and its own is the one that is not among them. Our choice; MAC reads all.
+  """
+  place = jnp.arange(documents, dtype=jnp.int32)[None]
+  return -((place - own[:, None]) % documents).astype(jnp.float32)
+
+
 class Bank(NamedTuple):
   """The documents of a step, those of all devices."""
 
@@ -298,7 +309,8 @@ def _match(model, question, bank, own):
 def aggregate_batch(model, params, question, bank, scores, own):
   """Aggregate each question's documents of a step: [G, C, D].
 
-  settings.train_retrieved says how many; 0 is all of them, as MAC does.
+  settings.train_retrieved says how many, the best by score where a loss trains
+  scores, else the nearest; 0 is all of them, as MAC does.
   """
   settings = model.settings
   number, tokens = bank.memories.shape[:2]
@@ -315,7 +327,8 @@ def aggregate_batch(model, params, question, bank, scores, own):
         bias=jnp.repeat(b, tokens) if settings.score_weight else None,
       )
     )(question, bias)  # fmt: skip
-  chosen = select_in_batch(scores, own, min(settings.train_retrieved, number))
+  by = scores if settings.beta else nearness(own, number)
+  chosen = select_in_batch(by, own, min(settings.train_retrieved, number))
 
   def one(question, index, valid, bias):
     place = (index[:, None] * tokens + jnp.arange(tokens)[None]).reshape(-1)

@@ -281,6 +281,33 @@ def test_own_document_comes_first_and_none_is_invented():
   assert found.valid.all()
 
 
+def test_scores_choose_documents_only_where_a_loss_trains_them():
+  """Else those behind a question's own are read, round the bank."""
+  np.testing.assert_array_equal(
+    cmt_loss.nearness(jnp.array([1, -1]), 3), [[-2, 0, -1], [-1, -2, 0]]
+  )
+  rng = np.random.default_rng(0)
+  width = small.CONFIG.hidden_size
+  question = jnp.asarray(rng.normal(size=(1, 3, width)), jnp.float32)
+  bank = cmt_loss.Bank(
+    jnp.asarray(rng.normal(size=(4, 3, width)), jnp.float32), jnp.arange(4)
+  )
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def read(model, scores, place):
+    return cmt_loss.aggregate_batch(
+      model, params_of(model_of()), question, bank, scores, place
+    )
+
+  for beta in (0.0, 0.1):
+    model = model_of(beta=beta, train_retrieved=2, score_weight=0.0)
+    one, other = (
+      read(model, jnp.array([scores]), jnp.array([3]))
+      for scores in ([0.9, 0.1, 0.0, 0.5], [0.0, 0.1, 0.9, 0.5])
+    )
+    assert bool(jnp.allclose(one, other)) == (beta == 0)
+
+
 def test_a_question_without_a_document_is_in_no_matching_loss():
   model, batch = model_of(alpha=0.0), batch_of()
   nobody = batch._replace(own=jnp.full_like(batch.own, -1))
