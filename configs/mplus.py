@@ -294,7 +294,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.data = _data()
   # Documents of one fact first: a memory that never had to be told from another
   # has nothing by which it could be, and does not get it later.
-  config.order = ("short", "half", "whole", "pool", "find", "store")
+  config.order = ("short", "half", "whole", "pool", "store")
   config.stages = ConfigDict(
     {
       "short": _stage(
@@ -304,8 +304,7 @@ def get_config(arg: str = "") -> ConfigDict:
         steps=300, most_writes=4, facts=2, filler=0.0, document_tokens=22
       ),
       "whole": _stage(steps=400, most_writes=4),
-      "pool": _stage(steps=500),
-      "find": _stage(steps=200, new=False, found=1.0, trains="projectors"),
+      "pool": _stage(steps=500, found=1.0),
       "store": _stage(steps=400, most_writes=48, retrieve=True, found=1.0),
     }
   )
@@ -331,10 +330,9 @@ def _shrink(config: ConfigDict) -> None:
 
 def get_sweep() -> list[Point]:
   """M+, MemoryLLM with as many rows as M+ reads, and with M+'s pool alone."""
-  order = ("short", "half", "whole", "pool", "store")  # nothing is retrieved
   arms = [
     {"method": "mplus"},
-    {"method": "memoryllm", "memory.pool_blocks": 10, "order": order},
-    {"method": "memoryllm", "order": order},
+    {"method": "memoryllm", "memory.pool_blocks": 10},
+    {"method": "memoryllm"},
   ]
   return product(arms, grid({"seed": range(3)}))
