@@ -114,7 +114,7 @@ def test_a_stage_of_projectors_moves_nothing_else(model_dir):
     ({"memory.tokens": 0}, "tokens is 0"),
     ({"memory.capacity": 1}, "capacity is 1"),
     (
-      {"method": "memoryllm", "order": "('find',)"},
+      {"method": "memoryllm", "stages.store.trains": "projectors"},
       "which method=memoryllm has not",
     ),
     ({"eval.distances": "(0, 9)"}, "distances below"),
