@@ -36,7 +36,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxmem import launch
-from jaxmem.config import nearest
+from jaxmem.config import chosen
 from jaxmem.data.streams import Stream
 from jaxmem.evaluation import stream_curves, stream_report, streams
 from jaxmem.methods import (
@@ -107,7 +107,7 @@ class Experiment(NamedTuple):
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Run all learners and write what they did."""
-  names = chosen(config)
+  names = chosen("learners", config.learners, LEARNERS)
   setup.check_config(config)
   if compare_camels.NAME in names:
     compare_camels.make_settings(config)
@@ -124,24 +124,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     done[name] = found
   if jax.process_index() == 0:
     write_report(exp, done)
-
-
-def chosen(config: ConfigDict) -> list[str]:
-  """Names of the learners to run, each once.
-
-  Raises:
-    ValueError: none, or one that does not exist.
-  """
-  names = [name.strip() for name in config.learners.split(",")]
-  names = list(dict.fromkeys(name for name in names if name))
-  if not names:
-    raise ValueError(f"learners is empty; known: {', '.join(LEARNERS)}")
-  for name in names:
-    if name not in LEARNERS:
-      raise ValueError(
-        f"learners: {name!r} is unknown: {nearest(name, LEARNERS)}"
-      )
-  return names
 
 
 def run_learner(exp: Experiment, name: str) -> dict[str, Any] | None:

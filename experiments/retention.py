@@ -26,7 +26,7 @@ import jax
 from ml_collections import ConfigDict
 
 from jaxmem import launch
-from jaxmem.config import nearest
+from jaxmem.config import chosen
 from jaxmem.data.retention_sets import Item, RetentionSet
 from jaxmem.evaluation import book_positions, knowledge_retention
 from jaxmem.evaluation import retention_report as report
@@ -74,7 +74,7 @@ class Experiment(NamedTuple):
 
 def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   """Ask all subjects and write what they said."""
-  names = chosen(config)
+  names = chosen("subjects", config.subjects, SUBJECTS)
   base = setup.load_base(config)
   exp = Experiment(
     config, workdir, stop, base, setup.load_set(config, base),
@@ -95,24 +95,6 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     rows.append(row)
   if jax.process_index() == 0:
     write_report(exp, rows)
-
-
-def chosen(config: ConfigDict) -> list[str]:
-  """Names of the subjects to ask, each once.
-
-  Raises:
-    ValueError: none, or one that does not exist.
-  """
-  names = [name.strip() for name in config.subjects.split(",")]
-  names = list(dict.fromkeys(name for name in names if name))
-  if not names:
-    raise ValueError(f"subjects is empty; known: {', '.join(SUBJECTS)}")
-  for name in names:
-    if name not in SUBJECTS:
-      raise ValueError(
-        f"subjects: {name!r} is unknown: {nearest(name, SUBJECTS)}"
-      )
-  return names
 
 
 def files(exp: Experiment, name: str) -> dict[str, pathlib.Path]:

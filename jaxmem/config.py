@@ -35,6 +35,26 @@ def nearest(name: str, known: Iterable[str]) -> str:
   return f"known: {', '.join(known)}"
 
 
+def chosen(key: str, given: str, known: Iterable[str]) -> list[str]:
+  """Names in a text with commas between them, each once.
+
+  Args:
+    key: of the config, for messages.
+
+  Raises:
+    ValueError: none, or one that is not known.
+  """
+  known = tuple(known)
+  names = [name.strip() for name in given.split(",")]
+  names = list(dict.fromkeys(name for name in names if name))
+  if not names:
+    raise ValueError(f"{key} is empty; known: {', '.join(known)}")
+  for name in names:
+    if name not in known:
+      raise ValueError(f"{key}: {name!r} is unknown: {nearest(name, known)}")
+  return names
+
+
 def _parse_bool(text):
   words = {"true": True, "1": True, "yes": True}
   words |= {"false": False, "0": False, "no": False}
