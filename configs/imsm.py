@@ -13,6 +13,7 @@ imsm_pilot.json.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jaxmem.config import Point, chain, grid, product
 
@@ -99,7 +100,7 @@ def _train() -> ConfigDict:
       "b2": 0.999,  # release
       "eps": 1e-8,  # release
       "weight_decay": 0.01,  # release; its baselines have 0
-      "clip_norm": None,  # release; its baselines clip at 1
+      "clip_norm": placeholder(float),  # release; its baselines clip at 1
       "base_dtype": "float32",  # of the weights held (release: float16)
       "compute_dtype": "float32",  # a CPU's bfloat16 is slow
       "remat": False,  # of the tuned branch's layers

@@ -17,6 +17,7 @@ of wangyu-ustc/MemoryLLM), "[P]" of the paper (arXiv 2502.00592v2).
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jaxmem.config import Point, grid, product
 
@@ -36,9 +37,10 @@ def _stage(**values) -> ConfigDict:
       "retrieve": False,  # rows of the long-term store are read too, of M+
       "found": 0.0,  # weight of the retriever's loss, of M+ (1)
       "trains": "all",  # or projectors
-      "facts": None,  # of a document; None: as in data, as the next two
-      "filler": None,
-      "document_tokens": None,
+      # Of a document, as the next two; None: as in data.
+      "facts": placeholder(int),
+      "filler": placeholder(float),
+      "document_tokens": placeholder(int),
     }
   )
   stage.update(values)
@@ -186,7 +188,7 @@ def _long_optim() -> ConfigDict:
       "b1": 0.9,  # torch's defaults, as the next two [C]
       "b2": 0.999,
       "weight_decay": 0.01,
-      "clip_norm": None,  # [C]
+      "clip_norm": placeholder(float),  # [C]
     }
   )
 
@@ -289,6 +291,8 @@ def get_config(arg: str = "") -> ConfigDict:
   config.seed = 0
   config.model = "tiny"
   config.method = "mplus"  # or memoryllm
+  config.export = ""  # directory for the checkpoint; empty: WORKDIR/memory
+  config.export_dtype = "float32"  # or bfloat16
   config.profile = ()  # (start, n): trace these steps
   config.memory = _memory()
   config.data = _data()
@@ -304,8 +308,8 @@ def get_config(arg: str = "") -> ConfigDict:
         steps=300, most_writes=4, facts=2, filler=0.0, document_tokens=22
       ),
       "whole": _stage(steps=400, most_writes=4),
-      "pool": _stage(steps=500, found=1.0),
-      "store": _stage(steps=400, most_writes=48, retrieve=True, found=1.0),
+      "pool": _stage(steps=800, found=1.0),
+      "store": _stage(steps=1000, most_writes=48, retrieve=True, found=1.0),
     }
   )
   config.mesh = ConfigDict({"data": 1, "fsdp": 1, "tensor": 1})

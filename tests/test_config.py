@@ -1,7 +1,8 @@
 """Config arguments, overrides, durations, sweeps."""
 
 import pytest
-from ml_collections import ConfigDict, config_dict
+from absl import flags
+from ml_collections import ConfigDict, config_dict, config_flags
 
 from jaxmem import config as configs
 
@@ -76,6 +77,27 @@ def test_apply_reads_text_and_values():
 def test_apply_rejects(overrides, message):
   with pytest.raises(ValueError, match=message):
     configs.apply(make_config(), overrides)
+
+
+@pytest.mark.parametrize(
+  ("file", "flag"),
+  [
+    ("cmt.py:paper", "memory.compressor=lm_lora"),
+    ("cmt.py:tiny", "stages.short.beta=1"),
+    ("mplus.py:tiny", "stages.pool.facts=2"),
+    ("imsm.py:tiny", "train.clip_norm=1.5"),
+  ],
+)
+def test_what_is_none_can_be_set_by_a_flag(file, flag, monkeypatch):
+  # Names of overrides are looked for in the process' own arguments.
+  monkeypatch.setattr("sys.argv", ["test", f"--config.{flag}"])
+  holder = flags.FlagValues()
+  config_flags.DEFINE_config_dict(
+    "config", configs.load(f"configs/{file}"), flag_values=holder
+  )
+  holder(["test", f"--config.{flag}"])
+  name, value = flag.split("=")
+  assert str(configs.flatten(holder.config)[name]) in (value, f"{value}.0")
 
 
 def test_load_and_sweep(tmp_path):

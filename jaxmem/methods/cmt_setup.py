@@ -109,10 +109,9 @@ def _stage(config, name) -> cmt_train.Stage:
   same = ("no_aggregate", "imitate", "keep", "reconstruct")
   changes = {key: stage[key] for key in same}
   changes["train_retrieved"] = stage.retrieved
-  if config.method == "cmt":  # the others have none of these
-    for key in ("alpha", "beta"):
-      if stage[key] is not None:
-        changes[key] = stage[key]
+  for key in ("alpha", "beta"):  # of MAC and MBC 0, where a stage says nothing
+    if stage[key] is not None:
+      changes[key] = stage[key]
   shape = memory_rows.Shape(
     **{
       key: stage[key]
