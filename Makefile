@@ -48,6 +48,9 @@ shipped: $(STAMP)  ## retrain every shipped weight (CPU or accelerator)
 	    --config.export=jaxmem/methods/weights/$$method \
 	    --config.export_dtype=bfloat16 $(ARGS) || exit 1; \
 	done
+	$(RUN) -m experiments.mplus --config=configs/mplus.py:tiny \
+	  --workdir=out/shipped/mplus --config.export=jaxmem/methods/weights/mplus \
+	  --config.export_dtype=bfloat16 $(ARGS)
 
 clean:  ## remove .venv and caches, keep out/
 	rm -rf $(VENV) .pytest_cache .ruff_cache

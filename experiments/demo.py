@@ -3,9 +3,10 @@
     make demo        # or: python -m experiments.demo --workdir=out/demo
 
 REMIX's two stages with and without mixing, a new task learned by an adapter
-alone and with IMSM, at smoke size, and a stream of documents written into CMT's
-bank by trained weights that come with the package; prints a table each and
-writes plots. The sizes are for looking, not for conclusions: the experiments'
+alone and with IMSM, at smoke size; then, by trained weights that come with the
+package, a stream of documents written into CMT's bank, and facts in M+'s memory
+asked for behind more and more other documents. Prints a table each and writes
+plots. The sizes are for looking, not for conclusions: the experiments'
 `tiny` configs are the ones that are measured.
 """
 
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from experiments import cmt, imsm, remix, report
+from experiments import cmt, imsm, remix, report, retention
 from experiments.runs import find_runs
 from experiments.sweep import RESULT_FILE
 from jaxmem import config as configs
@@ -35,7 +36,7 @@ class Part(NamedTuple):
   run: Callable[..., None]
   variants: Mapping[str, Mapping[str, Any]]
   columns: str
-  preset: str = "smoke"  # of its config
+  config: str  # file of configs, and its preset
 
 
 # Scored by teacher forcing: the same answers in half the time.
@@ -47,6 +48,13 @@ BANK = {
   "data.known": 64,
   "data.held_out": 0.0,
   "eval.ladder": ("own memory", "top-16", "shuffled", "no memory"),
+}
+MEMORIES = {
+  "subjects": "closed_book,gold,window,mplus",
+  "memories.mplus": "mplus",
+  "data.size": 32,
+  "writes": (0, 8, 32),
+  "books.number": 0,
 }
 ALONE = FORCED | {"gate.mode": "none"}
 PARTS = (
@@ -60,6 +68,7 @@ PARTS = (
     },
     "stage1_accuracy,retention,forgetting,plasticity,known_after,"
     "perplexity_after,steps",
+    "remix.py:smoke",
   ),
   Part(
     "IMSM",
@@ -70,13 +79,22 @@ PARTS = (
       "with IMSM": FORCED,
     },
     "target,target_gain,others,others_change,perplexity,parameters.total,steps",
+    "imsm.py:smoke",
   ),
   Part(
     "CMT",
     cmt.run,
     {"100 documents in the bank": BANK},
     "own,top,recall,shuffled,closed_book,known,known_alone,documents",
-    preset="tiny",
+    "cmt.py:tiny",
+  ),
+  Part(
+    "M+",
+    retention.run,
+    {"32 memories": MEMORIES},
+    "mplus.at/0,mplus.at/8,mplus.at/32,mplus.recall_ratio,window.at/32,gold.at/0,"
+    "closed_book.at/0",
+    "retention.py:world",
   ),
 )
 
@@ -89,7 +107,7 @@ def run_part(part: Part, workdir: pathlib.Path, stop: launch.Stop) -> bool:
       print(f"{place} {part.name}, {name}: done before")
       continue
     print(f"{place} {part.name}, {name}", flush=True)
-    config = configs.load(f"{CONFIGS / part.name.lower()}.py:{part.preset}")
+    config = configs.load(str(CONFIGS / part.config))
     if "cache" in config:
       overrides = {**overrides, "cache": "../stages"}
     configs.apply(config, overrides)

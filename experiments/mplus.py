@@ -29,12 +29,14 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from experiments import mplus_texts
 from jaxmem import launch, models
 from jaxmem.data import world
 from jaxmem.evaluation import knowledge_retention, plots
+from jaxmem.methods import base as base_model
 from jaxmem.methods import (
   cmt_exam,
   mplus_exam,
@@ -44,6 +46,7 @@ from jaxmem.methods import (
 )
 from jaxmem.methods.chain import settings_key
 from jaxmem.methods.mplus_setup import Base, Stage
+from jaxmem.methods.remix import check
 from jaxmem.training import loop, parallel
 from jaxmem.training.step import init_state
 
@@ -66,6 +69,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   if "source" in config.data:  # long texts, in place of the world
     mplus_texts.run(config, workdir, stop)
     return
+  check("export_dtype", config.export_dtype, base_model.DTYPES)
   stages = mplus_setup.make_stages(config)
   exp = Experiment(config, workdir, stop, mplus_setup.load_base(config), stages)
   exam = make_exam(
@@ -74,9 +78,13 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   trained = train(exp)
   if trained is None:
     return
+  dtype = jnp.dtype(config.export_dtype)
+  params = jax.tree.map(
+    lambda leaf: leaf.astype(dtype).astype(leaf.dtype), trained.state.params
+  )
   memory = _one(trained.state)
-  rates = exam(trained.state.params, exp.base.weights, memory)
-  export(exp, trained.state.params, memory)
+  rates = exam(params, exp.base.weights, memory)
+  export(exp, params, memory)
   write_results(exp, rates, trained.record)
 
 
@@ -87,7 +95,10 @@ def export(exp: Experiment, params: Any, memory: Any) -> None:
     base.model, base.lora, base.weights, params, memory
   )
   mplus_files.save(
-    exp.workdir / "memory", loaded, tokenizer_from=models.find(exp.config.model)
+    exp.config.export or exp.workdir / "memory",
+    loaded,
+    dtype=exp.config.export_dtype,
+    tokenizer_from=models.find(exp.config.model),
   )
 
 

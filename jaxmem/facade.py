@@ -265,7 +265,8 @@ def load(
   """Load MemoryLLM or M+ with its tokenizer, ready to be written and asked.
 
   Args:
-    path_or_hub_id: a local directory, or else the id of a model on the hub.
+    path_or_hub_id: "mplus", which comes with the package, a local directory, or
+      else the id of a model on the hub.
     dtype: None: bfloat16 on accelerators, float32 on a CPU.
     mesh: spreads weights, and the long-term store over its slots.
     options: of `mplus_files.load` (capacity, ages, rope_dtype, ..).
@@ -294,5 +295,5 @@ def load(
     loaded = loaded._replace(
       params=parallel.shard(loaded.params, mesh, parallel.REPLICATE)
     )
-  tokenizer = huggingface.load_tokenizer(path_or_hub_id)
+  tokenizer = huggingface.load_tokenizer(mplus_files.find(path_or_hub_id))
   return MemoryModel(loaded, tokenizer, mesh)

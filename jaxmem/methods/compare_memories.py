@@ -83,7 +83,7 @@ def load(
 
   Args:
     name: `config.memories[name]` said where it is.
-    directory: or a hub id.
+    directory: or a hub id, or one of mplus_files.SHIPPED.
     method: MEMORYLLM or MPLUS, which it must be of.
     ours: the model that all others answer with.
     base: fingerprint of its weights.
@@ -99,6 +99,7 @@ def load(
       f"memories.{name} is empty: give a checkpoint of {method}, a directory "
       f"or a hub id, by --config.memories.{name}=DIR"
     )
+  directory = str(mplus_files.find(directory))
   loaded = mplus_files.load(
     directory,
     rng=rng,

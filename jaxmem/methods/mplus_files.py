@@ -28,6 +28,8 @@ from jaxmem.methods.mplus_names import ADAPTERS, PROJECTORS, STORE
 from jaxmem.models import huggingface, tensor_files
 from jaxmem.models.fingerprint import to_host
 
+SHIPPED = ("mplus",)  # trained on the embedded model tiny
+
 
 class Loaded(NamedTuple):
   """A checkpoint that was read."""
@@ -37,6 +39,25 @@ class Loaded(NamedTuple):
   frozen: dict[str, Any]
   params: Params
   state: State | None  # None where the pool is not initialised
+
+
+def find(path_or_hub_id: str | pathlib.Path) -> str | pathlib.Path:
+  """Name the directory of a checkpoint that comes with the package.
+
+  Other names pass through.
+
+  Raises:
+    ValueError: a checkpoint that this checkout does not carry.
+  """
+  if path_or_hub_id not in SHIPPED:
+    return path_or_hub_id
+  folder = pathlib.Path(__file__).parent / "weights" / str(path_or_hub_id)
+  if not (folder / "config.json").is_file():
+    raise ValueError(
+      f"the checkpoint {path_or_hub_id!r} is not in {folder}: train it with "
+      "`make shipped`, or give a directory or a hub id"
+    )
+  return folder
 
 
 def load(
@@ -53,7 +74,8 @@ def load(
   """Load a released model, or one that `save` wrote.
 
   Args:
-    path_or_hub_id: a local directory, or else the id of a model on the hub.
+    path_or_hub_id: one of SHIPPED, a local directory, or else the id of a model
+      on the hub.
     rng: typed key, kept by the memory.
     dtype: of frozen weights, memory rows and stream; None keeps what is stored.
       What is trained is float32.
@@ -68,7 +90,7 @@ def load(
       that are missing, unknown or misshapen (all listed), a tokenizer with more
       tokens than the model has rows, or an empty long-term store.
   """
-  directory = huggingface.directory_of(path_or_hub_id, weights=True)
+  directory = huggingface.directory_of(find(path_or_hub_id), weights=True)
   hf = tensor_files.read_json(directory / "config.json")
   config, settings, lora = mplus_config.read(
     hf, ages=ages, rope_dtype=rope_dtype
@@ -241,6 +263,7 @@ def save(
   directory: str | pathlib.Path,
   loaded: Loaded,
   *,
+  dtype: Any = None,
   tokenizer_from: str | pathlib.Path | None = None,
   max_shard_bytes: int = 5_000_000_000,
 ) -> None:
@@ -253,6 +276,7 @@ def save(
   Args:
     directory: made if needed; a checkpoint already there is replaced.
     loaded: with weights that were trained, and memory that was written, since.
+    dtype: of all but the store's ages and frequencies; None: as they are.
     tokenizer_from: directory whose tokenizer files are copied.
     max_shard_bytes: of one file.
 
@@ -274,6 +298,8 @@ def save(
   else:
     stored, size = _stored(model, state.store.slots)
     arrays |= stored
+  if dtype is not None:
+    arrays = {name: _rounded(name, x, dtype) for name, x in arrays.items()}
   if jax.process_index() != 0:
     return
   directory = pathlib.Path(directory)
@@ -290,6 +316,14 @@ def save(
   kind = str(arrays["model.embed_tokens.weight"].dtype)
   config = mplus_config.write(model, loaded.lora, long_rows=size, dtype=kind)
   tensor_files.write_json(directory / "config.json", config)
+
+
+def _rounded(name, leaf, dtype):
+  """Counts of writes keep their type: bfloat16 has eight bits for them."""
+  counts = name.split(".")[0] in STORE[2:] or not jnp.issubdtype(
+    leaf.dtype, jnp.floating
+  )
+  return leaf if counts else leaf.astype(dtype)
 
 
 def _stored(model, slots):

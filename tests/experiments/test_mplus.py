@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -46,7 +47,7 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
     return programs[0]
 
   monkeypatch.setattr(staged.parallel, "compile_step", compile_step)
-  config = make_config(model_dir)
+  config = make_config(model_dir, export_dtype="bfloat16")
   experiment.run(config, tmp_path / "whole", never)
   result = json.loads((tmp_path / "whole" / "result.json").read_text())
   assert result["steps"] == 4 and result["reach"] in (None, 0, 3)
@@ -71,6 +72,8 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
     for name in ("whole", "cut")
   )
   jax.tree.map(np.testing.assert_array_equal, one, other)
+  assert {one["memory"].dtype, one["ltm.0"].dtype} == {jnp.bfloat16.dtype}
+  assert one["ltm_ages.0"].dtype == np.float32
 
 
 def test_a_stage_has_documents_of_its_own(model_dir):
@@ -105,6 +108,7 @@ def test_a_stage_of_projectors_moves_nothing_else(model_dir):
   ("changes", "message"),
   [
     ({"method": "cmt"}, "method is 'cmt'"),
+    ({"export_dtype": "float16"}, "export_dtype is 'float16'"),
     ({"order": "()"}, "order names no stage"),
     ({"order": "('three',)"}, "the stage 'three'"),
     ({"stages.store.steps": 0}, "stages.store.steps is 0"),

@@ -116,6 +116,30 @@ def test_precision_and_capacity_are_the_callers(saved):
     assert loaded.state.store.slots.age.shape[1] == 9
 
 
+def test_rounding_leaves_counts_of_writes_alone(tmp_path):
+  loaded = _loaded(MPLUS)
+  slots = loaded.state.store.slots
+  slots = slots._replace(age=slots.age + 1001)
+  store = loaded.state.store._replace(slots=slots)
+  loaded = loaded._replace(state=loaded.state._replace(store=store))
+  mplus_files.save(tmp_path, loaded, dtype=jnp.bfloat16)
+  found = mplus_files.load(tmp_path, rng=RNG).state
+  np.testing.assert_array_equal(found.store.slots.age[:, :3], slots.age[:, :3])
+  hidden = loaded.state.pool.rows.hidden
+  np.testing.assert_array_equal(
+    found.pool.rows.hidden, hidden.astype(jnp.bfloat16)
+  )
+
+
+def test_the_checkpoint_that_comes_with_the_package(monkeypatch):
+  found = mplus_files.load("mplus", rng=RNG, capacity=1000)
+  assert found.model.settings.tokens == 8 and found.params.projectors
+  assert mplus_files.find("some/where") == "some/where"
+  monkeypatch.setattr(mplus_files, "SHIPPED", ("other",))
+  with pytest.raises(ValueError, match="'other' is not in .*make shipped"):
+    mplus_files.load("other", rng=RNG)
+
+
 def test_stores_of_unequal_layers_are_cut_to_the_least(tmp_path):
   """Cached rows go with them, as if flushed; the first to come are left out."""
   loaded = _loaded(MPLUS)
