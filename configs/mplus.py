@@ -36,7 +36,6 @@ def _stage(**values) -> ConfigDict:
       "through_pool": True,  # the papers cut this gradient
       "retrieve": False,  # rows of the long-term store are read too, of M+
       "found": 0.0,  # weight of the retriever's loss, of M+ (1)
-      "trains": "all",  # or projectors
       # Of a document, as the next two; None: as in data.
       "facts": placeholder(int),
       "filler": placeholder(float),

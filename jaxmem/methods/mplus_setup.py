@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec
 from ml_collections import ConfigDict
 
@@ -31,7 +30,6 @@ from jaxmem.training import loop, optimizer, parallel
 from jaxmem.training.step import make_train_step
 
 METHODS = ("mplus", "memoryllm")
-TRAINED = ("all", "projectors")  # what a stage moves
 # Of a training state: what is frozen, memories by their number, all else whole.
 RULES = (
   ("^memory/", PartitionSpec(("data", "fsdp"))),
@@ -61,7 +59,6 @@ class Stage:
   task: Task
   shape: memory_rows.Shape
   first: int  # step of the run; older documents are not asked about
-  trains: str = "all"  # of TRAINED
 
 
 def make_settings(config: ConfigDict) -> memoryllm.Settings:
@@ -113,19 +110,13 @@ def _stage(config, name, first) -> Stage:
   given = config.stages[name]
   if given.steps < 1:
     raise ValueError(f"stages.{name}.steps is {given.steps}; at least 1")
-  check(f"stages.{name}.trains", given.trains, TRAINED)
   task = {field.name: given[field.name] for field in dataclasses.fields(Task)}
   if config.method == "memoryllm":  # which has nothing to retrieve
     task |= {"retrieve": False, "found": 0.0}
-    if given.trains == "projectors":
-      raise ValueError(
-        f"stages.{name} trains projectors, which method=memoryllm has not: "
-        "leave it out of order"
-      )
   keys = ("facts", "filler", "document_tokens")
   changed = {k: given[k] for k in keys if given[k] is not None}
   shape = make_shape(config)._replace(**changed)
-  return Stage(name, given.steps, Task(**task), shape, first, given.trains)
+  return Stage(name, given.steps, Task(**task), shape, first)
 
 
 def make_shape(config: ConfigDict) -> memory_rows.Shape:
@@ -217,22 +208,6 @@ def make_transformation(config: ConfigDict, total_steps: int) -> Any:
   )  # fmt: skip
 
 
-def only_projectors(tx: Any) -> Any:
-  """The optimiser with all else held still; its state has the same shape."""
-
-  def update(grads, state, params):
-    updates, state = tx.update(grads, state, params)
-    names = optimizer.path_names(updates)
-    held = jax.tree.map(
-      lambda name, x: x if "projectors/" in name else jnp.zeros_like(x),
-      names,
-      updates,
-    )
-    return held, state
-
-  return optax.GradientTransformation(tx.init, update)
-
-
 def make_stage(
   config: ConfigDict,
   base: Base,
@@ -253,7 +228,6 @@ def make_stage(
     rng=jax.random.fold_in(jax.random.key(config.seed), 4),
   )
   loss = mplus_world.make_loss(base.model, stage.task, draw)
-  tx = only_projectors(tx) if stage.trains == "projectors" else tx
   return staged.Stage(
     stage.name,
     stage.steps,

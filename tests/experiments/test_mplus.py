@@ -87,23 +87,6 @@ def test_a_stage_has_documents_of_its_own(model_dir):
   assert (store.shape, short.first, store.first) == (whole, 0, short.steps)
 
 
-def test_a_stage_of_projectors_moves_nothing_else(model_dir):
-  config = make_config(model_dir)
-  base = mplus_setup.load_base(config)
-  params, _ = mplus_setup.start(config, base)
-  tx = mplus_setup.make_transformation(config, 100)
-  held = mplus_setup.only_projectors(tx)
-  ones = jax.tree.map(np.ones_like, params)
-  state = jax.jit(held.init)(params)
-  update = jax.jit(held.update)
-  for _ in range(2):  # the first has a rate of 0
-    moved, state = update(ones, state, params)
-  assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(moved.write))
-  assert all(
-    (np.asarray(x) != 0).any() for x in jax.tree.leaves(moved.projectors)
-  )
-
-
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
@@ -112,15 +95,10 @@ def test_a_stage_of_projectors_moves_nothing_else(model_dir):
     ({"order": "()"}, "order names no stage"),
     ({"order": "('three',)"}, "the stage 'three'"),
     ({"stages.store.steps": 0}, "stages.store.steps is 0"),
-    ({"stages.store.trains": "nothing"}, "stages.store.trains"),
     ({"stages.store.most_writes": 0}, "most_writes is 0"),
     ({"memory.long_blocks": 0}, "M\\+ retrieves some"),
     ({"memory.tokens": 0}, "tokens is 0"),
     ({"memory.capacity": 1}, "capacity is 1"),
-    (
-      {"method": "memoryllm", "stages.store.trains": "projectors"},
-      "which method=memoryllm has not",
-    ),
     ({"eval.distances": "(0, 9)"}, "distances below"),
     ({"train.memories": 0}, "train.memories is 0"),
     ({"train.rate": 0.0}, "train.rate is 0.0"),
