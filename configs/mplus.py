@@ -155,7 +155,8 @@ def _long_data() -> ConfigDict:
       # memory, and encoded when drawn.
       "source": "hf:HuggingFaceFW/fineweb-edu:CC-MAIN-2024-10",  # [C]
       "held_out": 50_000,  # its first rows, to validate on [C]
-      "rows": (0, 3_000_000),  # of those behind them; (): all [C]
+      # Of those behind them; (): all. A source has to have all of these. [C]
+      "rows": (0, 3_000_000),
       # More sources, of long texts; [C] has one for each class of length.
       "long_sources": (),
       "long_share": 0.0,  # of all samples, for each of these

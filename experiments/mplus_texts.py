@@ -1,7 +1,8 @@
 """M+'s published training on long texts, one stage a run.
 
     python -m experiments.mplus --config=configs/mplus.py:stage1 \\
-        --config.data.source=texts.jsonl --workdir=out/stage1
+        --config.data.source=texts.jsonl --config.data.rows="()" \\
+        --config.data.held_out=1000 --workdir=out/stage1
 
 What is trained, on what, and in which modes: `methods/mplus_published.py`. Ends
 with the loss of held-out sentences, and a checkpoint in the published format,

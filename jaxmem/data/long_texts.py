@@ -5,6 +5,7 @@ long documents is not sharded; ours is a pure function of the step.
 """
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -183,50 +184,51 @@ class Documents(Sequence):
 
 def read_texts(
   source: str,
-  ranges: Sequence[tuple[int, int | None]],
   *,
+  held_out: int = 0,
+  rows: tuple[int, int | None] = (0, None),
   on_error: str = "raise",
-) -> list[list[str]]:
-  """Read the field `text` of ranges of a source's rows, in one go.
+) -> tuple[list[str], list[str]]:
+  """Read the field `text` of a source's rows, in one go.
 
   Args:
     source: see `sources.read_rows`.
-    ranges: (first, end) of rows, counted as they are read; None: all the rest.
+    held_out: its first rows, kept apart; counted, as `rows`, as they are read.
+    rows: (first, end) of those behind them; None: all the rest. A source that
+      ends before them is an error: training would go over fewer texts than
+      asked for, and nothing would say so.
     on_error: of `rows.ON_ERROR`, at malformed rows; a line says how many were
       skipped.
 
+  Returns: (texts of `rows`, those held out).
+
   Raises:
-    ValueError: a source that is not there, or a range without a row.
+    ValueError: a source that is not there, or has not all of `rows`, or no text
+      in them.
     RowError: a malformed row, unless they are skipped.
   """
-  bad, out = BadRows(on_error), [[] for _ in ranges]
-  ends = [end for _, end in ranges]
-  number = -1
-  for number, row in enumerate(read_rows(source, bad)):
-    if None not in ends and number >= max(ends):
-      break
-    chosen = [
-      texts
-      for texts, (first, end) in zip(out, ranges, strict=True)
-      if first <= number and (end is None or number < end)
-    ]
+  bad, texts, held = BadRows(on_error), [], []
+  first, end = rows
+  stop = None if end is None else held_out + end
+  number = -held_out - 1  # those held out are below 0
+  for row in itertools.islice(read_rows(source, bad), stop):
+    number += 1
+    if 0 <= number < first:
+      continue
     try:
-      text = text_field(row, "text") if chosen else ""
+      (held if number < 0 else texts).append(text_field(row, "text"))
     except RowError as error:
       bad.add(error)
-      continue
-    for texts in chosen:
-      texts.append(text)
-  for texts, (first, end) in zip(out, ranges, strict=True):
-    if not texts:
-      last = "the end" if end is None else end
-      raise ValueError(
-        f"{source}: no text in rows {first} to {last} of {number + 1} "
-        f"({bad.summary()}): give other rows, or more texts"
-      )
+  there = max(number + 1, 0)
+  if not texts or (end is not None and there < end):
+    raise ValueError(
+      f"{source}: rows is {rows}, and {there} were read behind the first "
+      f"{held_out}, which are held out ({bad.summary()}): give others, all of "
+      "them (--config.data.rows='()'), hold fewer out, or give more texts"
+    )
   if bad.skipped:
     _log.warning("%s: %s", source, bad.summary())
-  return out
+  return texts, held
 
 
 def stream(

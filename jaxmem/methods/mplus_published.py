@@ -46,7 +46,7 @@ class Texts(NamedTuple):
   """What is trained on, and what is not."""
 
   train: tuple[Source, ...]
-  held_out: Source | None
+  held_out: Source  # of no text where none is held out
 
 
 def make_settings(config: ConfigDict) -> memoryllm.Settings:
@@ -196,28 +196,25 @@ def read_texts(config: ConfigDict, tokenizer: Any) -> Texts:
   """Read all texts; the first `held_out` of data.source are not trained on.
 
   Raises:
-    ValueError: a source without texts, or texts too short to cut.
+    ValueError: a source without texts, or without all of data.rows.
     RowError: a malformed row.
   """
   data, splitting = config.data, make_splitting(config)
   encode = _encode(tokenizer)
-  first, end = data.rows or (0, None)
-  end = None if end is None else data.held_out + end
-  ranges = [(data.held_out + first, end)]
-  if data.held_out:
-    ranges.append((0, data.held_out))
-  found = long_texts.read_texts(data.source, ranges, on_error=data.on_error)
+  texts, held_out = long_texts.read_texts(
+    data.source,
+    held_out=data.held_out,
+    rows=tuple(data.rows) or (0, None),
+    on_error=data.on_error,
+  )
   share = 1 - len(data.long_sources) * data.long_share
-  train = [Source(Documents(found[0], encode), splitting, share)]
+  train = [Source(Documents(texts, encode), splitting, share)]
   for name in data.long_sources:
-    (texts,) = long_texts.read_texts(name, [(0, None)], on_error=data.on_error)
+    texts, _ = long_texts.read_texts(name, on_error=data.on_error)
     long = dataclasses.replace(splitting, shortest=data.long_shortest)
     train.append(Source(Documents(texts, encode), long, data.long_share))
-  held_out = None
-  if data.held_out:
-    plain = dataclasses.replace(splitting, repeat=0.0)
-    held_out = Source(Documents(found[1], encode), plain)
-  return Texts(tuple(train), held_out)
+  plain = dataclasses.replace(splitting, repeat=0.0)
+  return Texts(tuple(train), Source(Documents(held_out, encode), plain))
 
 
 def _encode(tokenizer) -> Callable[[str], Sequence[int]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -104,14 +105,16 @@ def test_texts_of_files_are_encoded_when_they_are_drawn(tmp_path, caplog):
   rows.insert(2, {"title": "none"})
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   with pytest.raises(ValueError, match="line 3, field 'text'"):
-    long_texts.read_texts(str(path), [(0, None)])
-  held, texts = long_texts.read_texts(
-    str(path), [(0, 2), (2, 5)], on_error="skip"
+    long_texts.read_texts(str(path))
+  texts, held = long_texts.read_texts(
+    str(path), held_out=2, rows=(0, 3), on_error="skip"
   )
   assert held == ["a", "aa"] and texts == ["aaa", "aaaa"]
   assert "1 rows skipped, the first: " in caplog.text
-  # What comes after the last range is not read.
-  assert long_texts.read_texts(str(path), [(1, 2)]) == [["aa"]]
+  # Of what lies between or comes after, no text is asked for.
+  assert long_texts.read_texts(str(path), rows=(1, 2)) == (["aa"], [])
+  found = long_texts.read_texts(str(path), held_out=1, rows=(2, None))
+  assert found == (["aaa", "aaaa", "aaaaa"], ["a"])
   asked = []
   documents = long_texts.Documents(
     texts, lambda text: asked.append(text) or [7]
@@ -119,10 +122,23 @@ def test_texts_of_files_are_encoded_when_they_are_drawn(tmp_path, caplog):
   assert len(documents) == 2 and not asked
   np.testing.assert_array_equal(documents[1], [7])
   assert documents[1].dtype == np.int32 and asked[0] == "aaaa"
-  with pytest.raises(ValueError, match="no text in rows 9 to the end of 6"):
-    long_texts.read_texts(str(path), [(9, None)])
   with pytest.raises(ValueError, match="no such file"):
-    long_texts.read_texts(str(tmp_path / "none.jsonl"), [(0, None)])
+    long_texts.read_texts(str(tmp_path / "none.jsonl"))
+
+
+@pytest.mark.parametrize(
+  ("held_out", "rows", "there"),
+  [(2, (1, 4), 3), (2, (9, None), 3), (2, (9, 11), 3), (6, (0, None), 0)],
+)
+def test_a_source_must_have_all_rows_asked_for(tmp_path, held_out, rows, there):
+  path = tmp_path / "texts.txt"
+  path.write_text("\n\n".join("abcde"))
+  assert long_texts.read_texts(str(path), held_out=2, rows=(1, 3)) == (
+    ["d", "e"], ["a", "b"],
+  )  # fmt: skip
+  message = rf"rows is {re.escape(str(rows))}, and {there} .* first {held_out},"
+  with pytest.raises(ValueError, match=message):
+    long_texts.read_texts(str(path), held_out=held_out, rows=rows)
 
 
 def test_errors():
