@@ -29,7 +29,7 @@ Then report.md, result.json (numbers by learner) and PNG files.
 import json
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +113,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     compare_camels.make_settings(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
   base = setup.load_base(config, workdir, stop)
-  compare_banks.check(config, base, names)
+  compare_banks.check(config, base, unfinished(config, workdir, names))
   exp = Experiment(config, workdir, base, setup.fit(config, base, stream))
   done: dict[str, dict[str, Any]] = {}
   for number, name in enumerate(names, 1):
@@ -126,20 +126,41 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     write_report(exp, done)
 
 
+def wanted_parts(config: ConfigDict) -> dict[str, Callable]:
+  """Name the folders that a learner has a file in, with what makes it."""
+  parts = {"results": run_stream, "retention": run_retention}
+  if config.noise.percents:
+    parts["noise"] = run_noise
+  if config.sizes.documents:
+    parts["sizes"] = run_sizes
+  return parts
+
+
+def part_file(workdir: pathlib.Path, part: str, name: str) -> pathlib.Path:
+  """Name the file of a learner that says that a part is done."""
+  return workdir / part / f"{name}.json"
+
+
+def unfinished(
+  config: ConfigDict, workdir: pathlib.Path, names: Sequence[str]
+) -> list[str]:
+  """Choose the learners that have something left to do."""
+  parts = wanted_parts(config)
+  return [
+    name
+    for name in names
+    if not all(part_file(workdir, part, name).exists() for part in parts)
+  ]
+
+
 def run_learner(exp: Experiment, name: str) -> dict[str, Any] | None:
   """Run what is not done yet of a learner; None when stopped.
 
   Returns: `results` and the curves that the config asks for.
   """
-  config, found = exp.config, {}
-  wanted = {"results": run_stream, "retention": run_retention}
-  if config.noise.percents:
-    wanted["noise"] = run_noise
-  if config.sizes.documents:
-    wanted["sizes"] = run_sizes
-  made = None
-  for part, make in wanted.items():
-    path = exp.workdir / part / f"{name}.json"
+  config, found, made = exp.config, {}, None
+  for part, make in wanted_parts(config).items():
+    path = part_file(exp.workdir, part, name)
     if path.exists():
       found[part] = json.loads(path.read_text())
       _log.info("%s of %s: done before", part, name)

@@ -68,7 +68,7 @@ def check(config: ConfigDict, base: Base, names: Sequence[str]) -> None:
   """See that the weights of all learners are there, before the first one runs.
 
   Args:
-    names: of learners, which begin with the method's.
+    names: of learners that will run, which begin with the method's.
 
   Raises:
     ValueError: weights that are missing, of another method or of another model.

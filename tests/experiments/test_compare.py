@@ -140,6 +140,24 @@ def test_what_was_done_is_not_done_again(model_dir, whole, monkeypatch):
   assert files(whole) == before
 
 
+def test_weights_are_asked_for_by_what_still_runs(
+  model_dir, tmp_path, monkeypatch
+):
+  reports, none = [], "mac/memory.json: no such file"
+  monkeypatch.setattr(
+    compare, "write_report", lambda _, done: reports.append(done)
+  )
+  for part in ("results", *compare.CURVES):
+    (tmp_path / part).mkdir()
+    (tmp_path / part / "mac.json").write_text("{}")
+  run(model_dir, tmp_path, learners="mac")
+  assert [set(done) for done in reports] == [{"mac"}]
+  (tmp_path / "noise" / "mac.json").unlink()
+  with pytest.raises(ValueError, match=none):
+    run(model_dir, tmp_path, learners="mac")
+  assert len(reports) == 1
+
+
 def test_questions_and_answers_come_first(model_dir, tmp_path, monkeypatch):
   trained = []
 
