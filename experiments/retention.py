@@ -61,6 +61,11 @@ SUBJECTS: dict[str, setup.Build] = {
 }
 
 
+# Not asked about books: one is given a text alone, the other the rows of the
+# text that was written first.
+ONE_TEXT = (report.GOLD, "mplus_own")
+
+
 class Experiment(NamedTuple):
   """What all parts of a run share."""
 
@@ -100,7 +105,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
 def files(exp: Experiment, name: str) -> dict[str, pathlib.Path]:
   """Where what a subject did is kept, by part."""
   parts = ["retention"]
-  if exp.books and name != report.GOLD:  # which is given one text
+  if exp.books and name not in ONE_TEXT:
     parts.append("books")
   return {part: exp.workdir / part / f"{name}.json" for part in parts}
 
