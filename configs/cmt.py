@@ -56,14 +56,14 @@ def _memory() -> ConfigDict:
   """Fields of jaxmem/methods/cmt_settings.py; None: what the method has."""
   return ConfigDict(
     {
-      "compressor": placeholder(str),  # lm_lora (CMT), t5 (MAC, MBC)
+      "compressor": None,  # lm_lora (CMT), t5 (MAC, MBC)
       "question_slots": True,  # our choice
       "lora_rank": 32,  # our reading, as the next four
       "lora_alpha": 64.0,
       "lora_dropout": placeholder(float),  # CMT 0.05
       "lora_targets": ("q_proj", "v_proj"),
       "conditional_lora": False,
-      "output": placeholder(str),  # linear (CMT), mlp (MAC, MBC)
+      "output": None,  # linear (CMT), mlp (MAC, MBC)
       "blocks": 4,  # MAC
       "heads": 8,  # MAC
       "head_dim": 96,  # MAC
@@ -186,7 +186,7 @@ def _eval() -> ConfigDict:
       # none; -1: it always does (the paper); None: found after training, on
       # people that are asked about nowhere else, so that 99 % of the questions
       # on known facts lie below it.
-      "min_match": -1.0,
+      "min_match": placeholder(float),
       # Ways to ask the bank at the end of a run; known in cmt_setup.RUNGS.
       "ladder": (
         "own memory",
@@ -366,6 +366,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
   config.train = _train()
   config.eval = _eval()
+  config.eval.min_match = -1.0
   config.select = _select()
   if name == "paper":
     _paper(config)

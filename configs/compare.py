@@ -8,6 +8,7 @@ world, `paper` is StreamingQA as CMT and MAC have it (name the files).
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from jaxmem.config import Point, grid
 
@@ -125,8 +126,11 @@ def get_config(arg: str = "") -> ConfigDict:
   # Trained weights: those that come with the package, or directories that
   # experiments.cmt exported.
   config.banks = ConfigDict({"cmt": "cmt", "mac": "mac", "mbc": "mbc"})
-  config.min_match = None  # as configs/cmt.py; None: the weights' own
-  # Checkpoints in the released format: directories, or hub ids.
+  config.min_match = placeholder(
+    float
+  )  # as configs/cmt.py; None: the weights' own
+  # Checkpoints in the released format: directories, hub ids, or "mplus", which
+  # comes with the package.
   config.memories = ConfigDict({"memoryllm": "", "mplus": ""})
   config.finetune = _finetune()
   config.camels = _camels()

@@ -26,6 +26,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.model = "tiny"  # embedded: tiny, nano; or a HF directory or hub id
   config.base_dtype = "bfloat16"
   config.subjects = "window,in_context,mplus"
+  # Directories, hub ids, or "mplus", which comes with the package.
   config.memories = ConfigDict(
     {"mplus": "", "memoryllm": "", "memoryllm_wide": ""}
   )

@@ -292,12 +292,13 @@ def get_config(arg: str = "") -> ConfigDict:
   config.model = "tiny"
   config.method = "mplus"  # or memoryllm
   config.export = ""  # directory for the checkpoint; empty: WORKDIR/memory
-  config.export_dtype = "float32"  # or bfloat16
+  # Of weights and rows, or bfloat16; the exam has the weights as rounded.
+  config.export_dtype = "float32"
   config.profile = ()  # (start, n): trace these steps
   config.memory = _memory()
   config.data = _data()
   # Documents of one fact first: a memory that never had to be told from another
-  # has nothing by which it could be, and does not get it later.
+  # has nothing by which it could be, and gets it much later.
   config.order = ("short", "half", "whole", "pool", "store")
   config.stages = ConfigDict(
     {

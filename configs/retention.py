@@ -54,6 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
   config.subjects = f"{PROMPTS},{ARMS}"
   # Checkpoints in the released format: directories, or hub ids. The wide one
   # has as many rows in its pool as M+ reads in all.
+  # Directories, hub ids, or "mplus", which comes with the package.
   config.memories = ConfigDict(
     {"mplus": "", "memoryllm": "", "memoryllm_wide": ""}
   )

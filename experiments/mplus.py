@@ -17,8 +17,9 @@ documents at every distance.
 Writes result.json ("right/8": percent of questions on the document written 8
 writes ago; "recall/8": of its rows in the long-term store that are found;
 "reach": the largest distance that is answered better than halfway between the
-newest document and no memory), retention.png, and memory/, a checkpoint in the
-published format. A restart goes on from the last checkpoint.
+newest document and no memory), retention.png, and to memory/ or `config.export`
+a checkpoint in the published format. A restart goes on from the last
+checkpoint.
 
 configs/mplus.py:stage1 to stage3 are the published training, on long texts:
 `experiments/mplus_texts.py`.

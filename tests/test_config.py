@@ -1,8 +1,7 @@
 """Config arguments, overrides, durations, sweeps."""
 
 import pytest
-from absl import flags
-from ml_collections import ConfigDict, config_dict, config_flags
+from ml_collections import ConfigDict, config_dict
 
 from jaxmem import config as configs
 
@@ -80,24 +79,22 @@ def test_apply_rejects(overrides, message):
 
 
 @pytest.mark.parametrize(
-  ("file", "flag"),
+  ("file", "name", "value"),
   [
-    ("cmt.py:paper", "memory.compressor=lm_lora"),
-    ("cmt.py:tiny", "stages.short.beta=1"),
-    ("mplus.py:tiny", "stages.pool.facts=2"),
-    ("imsm.py:tiny", "train.clip_norm=1.5"),
+    ("cmt.py:tiny", "stages.short.beta", "1"),
+    ("cmt.py:tiny", "eval.min_match", "0.7"),
+    ("compare.py:tiny", "min_match", "0.7"),
+    ("mplus.py:tiny", "stages.pool.facts", "2"),
+    ("imsm.py:tiny", "train.clip_norm", "1.5"),
   ],
 )
-def test_what_is_none_can_be_set_by_a_flag(file, flag, monkeypatch):
-  # Names of overrides are looked for in the process' own arguments.
-  monkeypatch.setattr("sys.argv", ["test", f"--config.{flag}"])
-  holder = flags.FlagValues()
-  config_flags.DEFINE_config_dict(
-    "config", configs.load(f"configs/{file}"), flag_values=holder
-  )
-  holder(["test", f"--config.{flag}"])
-  name, value = flag.split("=")
-  assert str(configs.flatten(holder.config)[name]) in (value, f"{value}.0")
+def test_numbers_that_are_none_are_numbers(file, name, value):
+  config = configs.load(f"configs/{file}")
+  configs.apply(config, {name: value})
+  assert configs.flatten(config)[name] == float(value)
+  assert configs.flatten(configs.apply(config, {name: "None"}))[name] is None
+  with pytest.raises(ValueError, match=f"{name}='much': expected"):
+    configs.apply(config, {name: "much"})
 
 
 def test_load_and_sweep(tmp_path):

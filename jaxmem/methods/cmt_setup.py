@@ -106,6 +106,11 @@ def _stage(config, name) -> cmt_train.Stage:
       f"stages.{name} has known={stage.known} questions without a document, "
       "which no_aggregate has no memory for: set known=0"
     )
+  if config.method != "cmt" and stage.alpha is not None:
+    raise ValueError(
+      f"stages.{name}.alpha is {stage.alpha}, of an objective that "
+      f"method={config.method} has not: set it to None"
+    )
   same = ("no_aggregate", "imitate", "keep", "reconstruct")
   changes = {key: stage[key] for key in same}
   changes["train_retrieved"] = stage.retrieved

@@ -96,8 +96,9 @@ def load(
   """
   if not directory:
     raise ValueError(
-      f"memories.{name} is empty: give a checkpoint of {method}, a directory "
-      f"or a hub id, by --config.memories.{name}=DIR"
+      f"memories.{name} is empty: give a checkpoint of {method}, a directory, "
+      f"a hub id or one of {', '.join(mplus_files.SHIPPED)}, by "
+      f"--config.memories.{name}=DIR"
     )
   directory = str(mplus_files.find(directory))
   loaded = mplus_files.load(

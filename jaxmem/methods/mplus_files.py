@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
 def find(path_or_hub_id: str | pathlib.Path) -> str | pathlib.Path:
   """Name the directory of a checkpoint that comes with the package.
 
-  Other names pass through.
+  Other names pass through, and paths: `./mplus` is a directory of that name.
 
   Raises:
     ValueError: a checkpoint that this checkout does not carry.
@@ -298,32 +298,37 @@ def save(
   else:
     stored, size = _stored(model, state.store.slots)
     arrays |= stored
-  if dtype is not None:
-    arrays = {name: _rounded(name, x, dtype) for name, x in arrays.items()}
   if jax.process_index() != 0:
     return
   directory = pathlib.Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   (directory / "config.json").unlink(missing_ok=True)
+  kinds = {name: _kind(name, leaf, dtype) for name, leaf in arrays.items()}
   tensors = {
-    name: (leaf.nbytes, functools.partial(np.asarray, leaf))
+    name: (
+      leaf.size * kinds[name].itemsize,
+      functools.partial(np.asarray, leaf, kinds[name]),
+    )
     for name, leaf in arrays.items()
   }
   tensor_files.write_directory(directory, tensors, max_shard_bytes)
   if tokenizer_from is not None:
     source = pathlib.Path(tokenizer_from)
     tensor_files.copy_files(source, directory, huggingface.TOKENIZER_FILES)
-  kind = str(arrays["model.embed_tokens.weight"].dtype)
+  kind = str(kinds["model.embed_tokens.weight"])
   config = mplus_config.write(model, loaded.lora, long_rows=size, dtype=kind)
   tensor_files.write_json(directory / "config.json", config)
 
 
-def _rounded(name, leaf, dtype):
-  """Counts of writes keep their type: bfloat16 has eight bits for them."""
+def _kind(name, leaf, dtype):
+  """Say in which type a tensor is written.
+
+  Counts of writes keep theirs: bfloat16 has eight bits for them.
+  """
   counts = name.split(".")[0] in STORE[2:] or not jnp.issubdtype(
     leaf.dtype, jnp.floating
   )
-  return leaf if counts else leaf.astype(dtype)
+  return leaf.dtype if counts or dtype is None else jnp.dtype(dtype)
 
 
 def _stored(model, slots):

@@ -201,10 +201,15 @@ def read_texts(config: ConfigDict, tokenizer: Any) -> Texts:
   """
   data, splitting = config.data, make_splitting(config)
   encode = _encode(tokenizer)
+  rows = tuple(data.rows) or (0, None)
+  if len(rows) != 2 or rows[0] < 0:
+    raise ValueError(
+      f"data.rows is {rows}; give (first, end), counted from 0, or () for all"
+    )
   texts, held_out = long_texts.read_texts(
     data.source,
     held_out=data.held_out,
-    rows=tuple(data.rows) or (0, None),
+    rows=rows,
     on_error=data.on_error,
   )
   share = 1 - len(data.long_sources) * data.long_share

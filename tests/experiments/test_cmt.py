@@ -237,6 +237,10 @@ def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
     ({"order": "('all',)"}, "has no stage of method=cmt"),
     ({"export_dtype": "float8"}, "export_dtype is 'float8'"),
     ({"stages.many.no_aggregate": True}, "has known=1 questions"),
+    (
+      {"method": "mac", "order": "('all',)", "stages.all.alpha": 0.5},
+      "stages.all.alpha is 0.5, of an objective that method=mac has not",
+    ),
     ({"data.document_tokens": 255}, "positions leave 254"),
     ({"memory.aggregation": "hierarchical"}, "has no place for the match"),
     ({"train.rate": 0.0}, "train.rate is 0.0"),

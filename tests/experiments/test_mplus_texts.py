@@ -186,6 +186,8 @@ def test_sizes_are_the_published_ones():
     ("stage1", {"data.source": "none.jsonl"}, "no such file"),
     ("stage1", {"data.source": ""}, "data.source is empty"),
     ("stage1", {"data.held_out": 40}, "and 0 were read behind the first 40"),
+    ("stage1", {"data.rows": "(3,)"}, "data.rows is .3,.; give .first, end"),
+    ("stage1", {"data.rows": "(-1, 3)"}, "data.rows is .-1, 3."),
     ("stage1", {"data.rows": "(0, 11)"}, "rows is .0, 11., and 10 were read"),
     ("stage1", {"eval.samples": 2, "data.held_out": 0}, "held_out 0"),
     ("stage1", {"data.longest": 64, "data.sentence": 64}, "all of one chunk"),
