@@ -143,18 +143,18 @@ def test_what_was_done_is_not_done_again(model_dir, whole, monkeypatch):
 def test_weights_are_asked_for_by_what_still_runs(
   model_dir, tmp_path, monkeypatch
 ):
-  reports, none = [], "mac/memory.json: no such file"
+  reports, none = [], "mbc/memory.json: no such file"
   monkeypatch.setattr(
     compare, "write_report", lambda _, done: reports.append(done)
   )
   for part in ("results", *compare.CURVES):
     (tmp_path / part).mkdir()
-    (tmp_path / part / "mac.json").write_text("{}")
-  run(model_dir, tmp_path, learners="mac")
-  assert [set(done) for done in reports] == [{"mac"}]
-  (tmp_path / "noise" / "mac.json").unlink()
+    (tmp_path / part / "mbc.json").write_text("{}")
+  run(model_dir, tmp_path, learners="mbc")
+  assert [set(done) for done in reports] == [{"mbc"}]
+  (tmp_path / "noise" / "mbc.json").unlink()
   with pytest.raises(ValueError, match=none):
-    run(model_dir, tmp_path, learners="mac")
+    run(model_dir, tmp_path, learners="mbc")
   assert len(reports) == 1
 
 
@@ -308,7 +308,7 @@ def test_noise_of_every_kind(model_dir, tmp_path):
     ({"learners": "camels", "camels.documents": 0}, "documents is 0"),
     ({"model": "none"}, "none"),
     # Before the first learner runs.
-    ({"learners": "closed_book,mac"}, "mac/memory.json: no such file"),
+    ({"learners": "closed_book,mbc"}, "mbc/memory.json: no such file"),
     ({"learners": "closed_book,cmt_4"}, "was trained on the model with finger"),
   ],
 )  # fmt: skip
