@@ -61,6 +61,12 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
   names = chosen("subjects", config.subjects, SUBJECTS)
   sets = load_sets(config)  # whose faults are found first
   exp = Experiment(config, workdir, stop, setup.load_base(config), sets)
+  room = exp.base.loaded.config.max_positions
+  if config.read.window > room:
+    raise ValueError(
+      f"read.window is {config.read.window}, and the model {config.model} has "
+      f"{room} positions, which prompt and answer must fit into"
+    )
   subjects = {
     name: SUBJECTS[name](config, exp.base)
     for name in names
@@ -175,6 +181,12 @@ def write_report(
     "base": exp.base.name,
     "mean": means,
   } | rows
+  unread = [one for one in names if not first[one]["written_tokens"]]
+  if unread:
+    text += (
+      f"\nNothing of {', '.join(unread)} was written to a memory: every text "
+      "fits into read.window.\n"
+    )
   if exp.config.data.note:
     text += f"\nNote: {exp.config.data.note}.\n"
     result["note"] = exp.config.data.note

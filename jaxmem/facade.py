@@ -156,7 +156,8 @@ class MemoryModel:
       seed: of sampling.
 
     Raises:
-      ValueError: see `write`; chat with a tokenizer that does not know it.
+      ValueError: see `write`; a question that is too long; chat with a
+        tokenizer that does not know it.
     """
     questions, at = self._check(memory, questions, at)
     if not questions:
@@ -174,6 +175,7 @@ class MemoryModel:
     if chat and settings.eos_ids is None:
       settings = self._until_turn_ends(settings)
     prompts = [self._prompt(question, chat) for question in questions]
+    self._check_room(max(map(len, prompts)) + settings.max_new_tokens)
     length = generate.bucket_length(max(map(len, prompts)))
     ids, valid = generate.pad_prompts(prompts, length)
     one = len(set(at)) == 1  # shared: not copied for every question
@@ -194,6 +196,16 @@ class MemoryModel:
     if not ids:
       raise ValueError(f"the question {question!r} has no tokens")
     return ids
+
+  def _check_room(self, tokens):
+    # Rows of the memory are not counted: MemoryLLM-7B has more than positions.
+    room = self.loaded.model.config.max_positions
+    if tokens > room:
+      raise ValueError(
+        f"the longest question and its answer are {tokens} tokens, and the "
+        f"model has {room} positions: ask less, write part of it to the "
+        "memory, or lower settings.max_new_tokens"
+      )
 
   def _until_turn_ends(self, settings):
     ends = set(self.loaded.model.config.eos_token_ids)

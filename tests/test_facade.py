@@ -129,6 +129,10 @@ def test_mistakes_are_named(lm):
     (lambda: lm.write(memory, [""]), "no tokens"),
     (lambda: lm.answer(memory, ""), "no tokens"),
     (lambda: lm.answer(memory, ASK, chat=True), "chat=False"),
+    (
+      lambda: lm.answer(memory, ASK, settings=GenerateSettings(10**6)),
+      "and the model has 64 positions",
+    ),
     (lambda: lm.start(0), "memories is 0"),
   ):
     with pytest.raises(ValueError, match=said):

@@ -61,9 +61,10 @@ def _of_another(what, found, wanted):
 def save(path: str | os.PathLike, memory: Memory) -> None:
   """Write a memory to a file; what was there stays whole until all is written.
 
-  Every leaf must be whole on this process; the directory must exist.
+  Every leaf must be whole on this process; the directory is made if needed.
   """
   path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
   tensors = {
     name: np.asarray(_plain(leaf), order="C")
     for name, leaf in _named(memory.arrays).items()

@@ -95,10 +95,11 @@ def load(
     ValueError: no directory, or a checkpoint that does not go with the model.
   """
   if not directory:
+    ours = ", or mplus, which comes with the package," * (method == MPLUS)
     raise ValueError(
-      f"memories.{name} is empty: give a checkpoint of {method}, a directory, "
-      f"a hub id or one of {', '.join(mplus_files.SHIPPED)}, by "
-      f"--config.memories.{name}=DIR"
+      f"memories.{name} is empty: give a checkpoint of {method}, a directory "
+      f"or a hub id{ours} by --config.memories.{name}=DIR, or name only what "
+      "needs none (--config.subjects or --config.learners)"
     )
   directory = str(mplus_files.find(directory))
   loaded = mplus_files.load(

@@ -92,6 +92,11 @@ def load(
   """
   directory = huggingface.directory_of(find(path_or_hub_id), weights=True)
   hf = tensor_files.read_json(directory / "config.json")
+  if "num_blocks" not in hf:
+    raise ValueError(
+      f"{directory} holds no MemoryLLM or M+ (its config.json has no num_blocks"
+      "): give a checkpoint of one, such as WORKDIR/memory of experiments.mplus"
+    )
   config, settings, lora = mplus_config.read(
     hf, ages=ages, rope_dtype=rope_dtype
   )

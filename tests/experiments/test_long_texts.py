@@ -75,6 +75,7 @@ def test_one_table_and_on_from_where_it_was(
     assert found["mplus"][name]["score"] == 100
   text = (out / "report.md").read_text()
   assert "| mplus | 100.0 | 100.0 | 100.0 |" in text and "by hand" in text
+  assert "Nothing of hotpotqa, musique was written" in text
 
   # All is kept: nothing is asked again.
   monkeypatch.setitem(long_texts.SUBJECTS, "mplus", None)
@@ -93,6 +94,7 @@ def test_one_table_and_on_from_where_it_was(
     ({"data.source": ""}, "hotpotqa is not shipped.*bring hotpotqa.jsonl"),
     ({"data.sets": "qasper"}, "qasper is not shipped"),
     ({"read.window": 10}, "window is 10"),
+    ({"read.window": 2048}, "read.window is 2048, and the model"),
   ],
 )
 def test_wrong_settings(model_dir, folder, tmp_path, changes, message):

@@ -116,6 +116,15 @@ def test_precision_and_capacity_are_the_callers(saved):
     assert loaded.state.store.slots.age.shape[1] == 9
 
 
+def test_another_kind_of_checkpoint_is_named(changed):
+  directory = changed()
+  stated = json.loads((directory / "config.json").read_text())
+  del stated["num_blocks"]
+  (directory / "config.json").write_text(json.dumps(stated))
+  with pytest.raises(ValueError, match="changed holds no MemoryLLM or M"):
+    _load(directory)
+
+
 def test_rounding_leaves_counts_of_writes_alone(tmp_path):
   loaded = _loaded(MPLUS)
   slots = loaded.state.store.slots
