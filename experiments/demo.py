@@ -136,7 +136,7 @@ def main() -> int:
   stop = launch.Stop()
   for part in PARTS:
     if not run_part(part, flags.workdir, stop):
-      return launch.EXIT_STOPPED
+      return stop.status
   for part in PARTS:
     folders = [folder_of(flags.workdir, name) for name in part.variants]
     output = flags.workdir / f"report_{part.name.lower()}"

@@ -142,19 +142,25 @@ def detect_cluster(environ: Mapping[str, str]) -> str | None:
 class Stop:
   """`stop(step)` is True from the moment the run should save and end.
 
-  Alone, a SIGTERM sets it. Among several processes jax's preemption service
-  does, at the same poll on each: all of them poll equally often.
+  Alone, a SIGTERM or Ctrl-C sets it; the second Ctrl-C ends at once. Among
+  several processes jax's preemption service does, at the same poll on each: all
+  of them poll equally often.
   """
 
   def __init__(self, distributed: bool = False):
     self._distributed = distributed
     self._polls = 0
     self.requested = False
+    self.status = EXIT_STOPPED  # of the process, where one was requested
     if not distributed:
       signal.signal(signal.SIGTERM, self._on_signal)
+      signal.signal(signal.SIGINT, self._on_signal)
 
   def _on_signal(self, number, frame):
-    self.requested = True
+    self.requested, self.status = True, 128 + number
+    if number == signal.SIGINT:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
+      os.write(2, b"\nends after this step; Ctrl-C again: at once, unsaved\n")
 
   def __call__(self, step: int) -> bool:
     """Poll at a step; the service counts polls, whatever a poll's step is."""
@@ -353,4 +359,4 @@ def main(run: Run, argv: Sequence[str] | None = None) -> None:
   except FloatingPointError as error:  # a run that diverged
     print(f"error: {error}", file=sys.stderr)
     sys.exit(1)
-  sys.exit(EXIT_STOPPED if stop.requested else 0)
+  sys.exit(stop.status if stop.requested else 0)

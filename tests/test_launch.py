@@ -21,10 +21,12 @@ CONFIG = (
 
 @pytest.fixture
 def handlers():
-  """SIGTERM as it was, whatever a test installs."""
-  before = signal.getsignal(signal.SIGTERM)
+  """Signals as they were, whatever a test installs."""
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = [signal.getsignal(number) for number in numbers]
   yield
-  signal.signal(signal.SIGTERM, before)
+  for number, handler in zip(numbers, before, strict=True):
+    signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -138,6 +140,15 @@ def test_stop_alone(handlers):
   assert not stop(0)
   os.kill(os.getpid(), signal.SIGTERM)
   assert stop(1) and stop.requested and stop(2)
+
+
+def test_the_second_ctrl_c_ends_at_once(handlers, capfd):
+  stop = launch.Stop()
+  signal.raise_signal(signal.SIGINT)
+  assert stop(1) and stop.status == 128 + signal.SIGINT
+  assert "Ctrl-C again" in capfd.readouterr().err
+  with pytest.raises(KeyboardInterrupt):
+    signal.raise_signal(signal.SIGINT)
 
 
 def test_stop_among_several_counts_polls_and_latches(monkeypatch):
