@@ -1,12 +1,13 @@
 """What contestants that run jax share."""
 
+import abc
 import time
 from typing import Any
 
 import jax
 
 
-class Timed:
+class Timed(abc.ABC):
   """A contestant of jax's: its `_go` returns what is to be waited for.
 
   A class of it sets `_items`, what a step is counted in, and may show something
@@ -28,8 +29,9 @@ class Timed:
       self._shown(out)
     )
 
+  @abc.abstractmethod
   def _go(self, index: int) -> Any:
-    raise NotImplementedError
+    """Do the work, and return what must be waited for."""
 
   def _shown(self, out: Any) -> dict[str, Any]:
     del out
