@@ -87,8 +87,8 @@ def load_sets(config: ConfigDict) -> tuple[LongSet, ...]:
   """Read the sets.
 
   Raises:
-    ValueError: an unknown set, one file for several sets, items below 0, or
-      see `long_sets.load`.
+    ValueError: an unknown set, one file for several sets, a folder without
+      some of them, items below 0, or see `long_sets.load`.
   """
   data = config.data
   names = chosen("data.sets", data.sets, long_sets.NAMES)
@@ -98,6 +98,13 @@ def load_sets(config: ConfigDict) -> tuple[LongSet, ...]:
     raise ValueError(
       f"data.source is {data.source}, no folder, and data.sets has "
       f"{len(names)} sets: give a folder with SET.jsonl of each, or one set"
+    )
+  there = [n for n in names if folder and (source / f"{n}.jsonl").is_file()]
+  if there and len(there) < len(names):
+    missing = ", ".join(f"{n}.jsonl" for n in names if n not in there)
+    raise ValueError(
+      f"data.source {source} has no {missing}: bring them, or ask about what "
+      f"is there with --config.data.sets={','.join(there)}"
     )
   if data.size < 0:
     raise ValueError(f"data.size is {data.size}; 0 (all) or more")

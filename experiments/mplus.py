@@ -77,7 +77,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     exp, config.eval.writes, tuple(config.eval.distances), config.eval.memories
   )
   trained = train(exp)
-  if trained is None:
+  if trained is None or stop(sum(stage.steps for stage in stages)):
     return
   dtype = jnp.dtype(config.export_dtype)
   params = jax.tree.map(

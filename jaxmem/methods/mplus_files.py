@@ -90,7 +90,12 @@ def load(
       that are missing, unknown or misshapen (all listed), a tokenizer with more
       tokens than the model has rows, or an empty long-term store.
   """
-  directory = huggingface.directory_of(find(path_or_hub_id), weights=True)
+  try:
+    directory = huggingface.directory_of(find(path_or_hub_id), weights=True)
+  except ValueError as error:
+    raise ValueError(
+      f"{error}; {', '.join(SHIPPED)} comes with the package"
+    ) from None
   hf = tensor_files.read_json(directory / "config.json")
   if "num_blocks" not in hf:
     raise ValueError(

@@ -93,6 +93,10 @@ def test_one_table_and_on_from_where_it_was(
     ({"data.size": -1}, "data.size is -1"),
     ({"data.source": ""}, "hotpotqa is not shipped.*bring hotpotqa.jsonl"),
     ({"data.sets": "qasper"}, "qasper is not shipped"),
+    (
+      {"data.sets": ",".join((*SETS, "qasper"))},
+      f"has no qasper.jsonl.*--config.data.sets={','.join(SETS)}",
+    ),
     ({"read.window": 10}, "window is 10"),
     ({"read.window": 2048}, "read.window is 2048, and the model"),
   ],

@@ -144,6 +144,8 @@ def test_the_checkpoint_that_comes_with_the_package(monkeypatch):
   found = mplus_files.load("mplus", rng=RNG, capacity=1000)
   assert found.model.settings.tokens == 8 and found.params.projectors
   assert mplus_files.find("some/where") == "some/where"
+  with pytest.raises(ValueError, match="no such dir.*; mplus comes with the p"):
+    mplus_files.load("no/such/place", rng=RNG)
   monkeypatch.setattr(mplus_files, "SHIPPED", ("other",))
   with pytest.raises(ValueError, match="'other' is not in .*make shipped"):
     mplus_files.load("other", rng=RNG)
