@@ -85,7 +85,6 @@ def _memory() -> ConfigDict:
       "vq_weight": 1.0,
       "vq_decay": 0.99,
       "vq_threshold": 1e-4,
-      "kv_lora_alpha": 64.0,  # MBC
       "kv_lora_layers": 16,  # the last ones; MBC
       "kv_lora_dropout": placeholder(float),  # between its A and B; MBC 0.05
       "base_dropout": 0.0,  # MAC, MBC: GPT-2's own, 0.1; others have none
@@ -114,6 +113,7 @@ def _of_method() -> ConfigDict:
         "share_question_encoder": False,
         "num_codes": 512,
         "kv_lora_rank": 32,
+        "kv_lora_alpha": 64.0,
       },
     }
   )
@@ -277,7 +277,9 @@ def _tiny(config: ConfigDict) -> None:
   )  # fmt: skip
   config.of_method.cmt.update({"tokens": 8, "beta": 0.3, "score_weight": 10.0})
   config.of_method.mac.tokens = 8
-  config.of_method.mbc.update({"tokens": 8, "kv_lora_rank": 4})
+  config.of_method.mbc.update(
+    {"tokens": 8, "kv_lora_rank": 4, "kv_lora_alpha": 8.0}
+  )
   config.train.update(
     {
       "rate": 2e-3, "schedule": "cosine", "end_ratio": 0.05, "b2": 0.98,
@@ -294,14 +296,18 @@ def _tiny(config: ConfigDict) -> None:
 def _tiny_stages(config: ConfigDict) -> None:
   """From one memory to many to choose among."""
   config.order = (
-    "one", "own", "many", "short", "pair", "half", "whole", "eight", "sixteen",
-    "all",
+    "one", "copy", "own", "many", "short", "pair", "half", "whole", "eight",
+    "sixteen", "all",
   )  # fmt: skip
-  # CMT: one memory as it is, then through the aggregator, then many.
-  config.stages.one = _stage(
-    steps=600, only=("cmt",), questions=4, no_aggregate=True, alpha=0.0,
-    beta=0.1,
-  )  # fmt: skip
+  # CMT: one memory as it is, then an aggregator that gives the same, then read
+  # through it, then many. To tell the text, too, is what lets values of two
+  # tokens be learned soon: without it a seed waits for them 200 to 900 steps.
+  alone = {
+    "only": ("cmt",), "questions": 4, "no_aggregate": True, "alpha": 0.0,
+    "beta": 0.1,
+  }  # fmt: skip
+  config.stages.one = _stage(steps=800, reconstruct=0.5, **alone)
+  config.stages.copy = _stage(steps=200, imitate=1.0, **alone)
   config.stages.own = _stage(steps=150, only=("cmt",), retrieved=1)
   config.stages.many = _stage(
     steps=450, only=("cmt",), rows=16, asked=2, keep=0.5, known=1, retrieved=16
