@@ -27,6 +27,9 @@ PROJECTIONS = {
 # (hidden_size, layers) of mplus-8b, whose published instructions round the
 # rotary frequencies.
 _ROUNDED = (4096, 32)
+# A key that no published file has, and that the published code passes over:
+# what the rotary frequencies are rounded to, where the sizes do not tell.
+_ROPE_DTYPE = "rope_inv_freq_dtype"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +58,9 @@ def read(
 
   Args:
     ages: of `pool.AGES`; no file says it.
-    rope_dtype: of `config.ROPE_DTYPES`; None: bfloat16 for M+ of the size of
-      mplus-8b, whose instructions say so, else float32.
+    rope_dtype: of `config.ROPE_DTYPES`; None: what the file says, or else
+      bfloat16 for M+ of the size of mplus-8b, whose instructions say so, and
+      float32 for all others.
 
   Raises:
     ValueError: a key that is missing, or says what is not supported.
@@ -70,9 +74,7 @@ def read(
     base["rope_scaling"] = {"rope_type": "linear", "factor": factor}
   config = decoder_config.from_hf(base)
   if rope_dtype is None:
-    size = (config.hidden_size, config.num_layers)
-    rounded = long_blocks > 0 and size == _ROUNDED
-    rope_dtype = "bfloat16" if rounded else "float32"
+    rope_dtype = hf.get(_ROPE_DTYPE, _usual_rope_dtype(config, long_blocks))
   settings = Settings(tokens, blocks, ages=ages)
   if hf.get("model_type") == FIRST:
     per_layer = bool(hf.get("drop_memory_per_layer", False))
@@ -96,6 +98,11 @@ def read(
     )
   config = dataclasses.replace(config, rope_dtype=rope_dtype)
   return config, settings, _lora(hf)
+
+
+def _usual_rope_dtype(config, long_blocks):
+  size = (config.hidden_size, config.num_layers)
+  return "bfloat16" if long_blocks and size == _ROUNDED else "float32"
 
 
 def _check(hf, rows, long_blocks):
@@ -164,6 +171,8 @@ def write(
     "drop_memory_per_layer": settings.drop_per_layer,
     "add_decoder_lora": lora is not None and lora.two,
   }
+  if config.rope_dtype != _usual_rope_dtype(config, settings.long_blocks):
+    out[_ROPE_DTYPE] = config.rope_dtype
   if lora is not None:
     out["lora_config"] = {
       "inference_mode": False,

@@ -329,6 +329,33 @@ def test_rotations_of_the_released_models():
   assert 22 < apart.max() < 23.5 and (apart > 0.5).sum() == 16
 
 
+@pytest.mark.parametrize("model", [SHORT, MPLUS], ids=["stage1", "stage3"])
+def test_how_frequencies_are_rounded_is_kept(model, tmp_path):
+  """Of any size, and not only of the one that the sizes tell."""
+  rounded = dataclasses.replace(model.config, rope_dtype="bfloat16")
+  mplus_files.save(tmp_path, _loaded(model._replace(config=rounded)))
+  assert _load(tmp_path).model.config == rounded
+  exact = _load(tmp_path, rope_dtype="float32")
+  assert exact.model.config.rope_dtype == "float32"
+
+
+def test_rounding_is_stated_where_sizes_do_not_tell():
+  """A stage 1 of 8B is rounded too, and an M+ of that size may be exact."""
+  released = dataclasses.replace(
+    small.CONFIG, hidden_size=4096, num_layers=32, layer_windows=()
+  )
+  for model, usual, other in (
+    (SHORT, "float32", "bfloat16"),
+    (MPLUS, "bfloat16", "float32"),
+  ):
+    for dtype in (usual, other):
+      config = dataclasses.replace(released, rope_dtype=dtype)
+      wanted = model._replace(config=config)
+      written = mplus_config.write(wanted, LORA, long_rows=3, dtype="bfloat16")
+      assert ("rope_inv_freq_dtype" in written) == (dtype == other)
+      assert mplus_config.read(written)[0] == config
+
+
 def test_the_first_format(tmp_path):
   """One set of weights, without adapters; the drops shared by all layers."""
   loaded = _loaded(SHORT)
