@@ -68,14 +68,15 @@ def read(
   blocks, tokens = require(hf, "num_blocks"), require(hf, "num_tokens")
   long_blocks = hf.get("num_ltm_blocks") or 0
   _check(hf, blocks * tokens, long_blocks)
+  settings = Settings(tokens, blocks, ages=ages)
   base = dict(hf) | {"model_type": "llama"}
   if hf.get("interpolate_position_ids"):
-    factor = (blocks + 1) * tokens / require(hf, "max_position_embeddings")
+    positions = require(hf, "max_position_embeddings")
+    factor = _interpolation(settings, positions)
     base["rope_scaling"] = {"rope_type": "linear", "factor": factor}
   config = decoder_config.from_hf(base)
   if rope_dtype is None:
     rope_dtype = hf.get(_ROPE_DTYPE, _usual_rope_dtype(config, long_blocks))
-  settings = Settings(tokens, blocks, ages=ages)
   if hf.get("model_type") == FIRST:
     per_layer = bool(hf.get("drop_memory_per_layer", False))
   else:
@@ -157,7 +158,11 @@ def write(
     dtype: of the tensors.
   """
   config, settings = model.config, model.settings
-  plain = dataclasses.replace(config, rope_dtype="float32")
+  first = lora is None and _interpolates(model)
+  scaling = None if first else config.rope_scaling
+  plain = dataclasses.replace(
+    config, rope_dtype="float32", rope_scaling=scaling
+  )
   out = decoder_config.to_hf(plain)
   if out.get("rope_scaling"):  # older readers know the older name
     kind = out["rope_scaling"]["rope_type"]
@@ -168,19 +173,54 @@ def write(
     "num_blocks": settings.blocks,
     "num_tokens": settings.tokens,
     "add_bos_embedding": True,
-    "drop_memory_per_layer": settings.drop_per_layer,
-    "add_decoder_lora": lora is not None and lora.two,
   }
   if config.rope_dtype != _usual_rope_dtype(config, settings.long_blocks):
     out[_ROPE_DTYPE] = config.rope_dtype
-  if lora is not None:
-    out["lora_config"] = {
+  if settings.drop_per_layer or not first:
+    out["drop_memory_per_layer"] = settings.drop_per_layer
+  if first:
+    return out | {
+      "model_type": FIRST,
+      "interpolate_position_ids": True,
+      "shrink_to_one_embedding": True,
+    }
+  return out | _adapters(lora) | _retrieval(settings, long_rows)
+
+
+def _interpolates(model):
+  """Whether positions are scaled as those of the first MemoryLLM, the 7B."""
+  config, settings = model.config, model.settings
+  scaling = config.rope_scaling
+  return (
+    not settings.key_width
+    and scaling is not None
+    and scaling.kind == "linear"
+    and scaling.factor == _interpolation(settings, config.max_positions)
+  )
+
+
+def _interpolation(settings, positions):
+  """What divides positions, so that the memory and a chunk have room."""
+  return (settings.blocks + 1) * settings.tokens / positions
+
+
+def _adapters(lora):
+  if lora is None:
+    return {"add_decoder_lora": False}
+  return {
+    "add_decoder_lora": lora.two,
+    "lora_config": {
       "inference_mode": False,
       "r": lora.rank,
       "lora_alpha": lora.alpha,
       "lora_dropout": lora.dropout,
       "target_modules": list(lora.targets),
-    }
+    },
+  }
+
+
+def _retrieval(settings, long_rows):
+  out = {}
   if settings.key_width:
     out |= {
       "add_selector": True,

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxmem.methods import mplus_config, mplus_files
+from jaxmem.methods.memoryllm import Model
 from jaxmem.models import rope
 from jaxmem.models.rope_scaling import RopeScaling
 from tests.methods import remembering, small
@@ -252,6 +253,7 @@ def test_a_tokenizer_of_another_vocabulary(changed):
       {"lora_config": {"r": 1, "lora_alpha": 1, "target_modules": ["x"]}},
       r"adapts \['x'\]",
     ),
+    ({"rope_inv_freq_dtype": "float8"}, "rope_dtype is 'float8'"),
   ],
 )
 def test_what_a_config_cannot_say(changed, config, said):
@@ -358,16 +360,42 @@ def test_rounding_is_stated_where_sizes_do_not_tell():
 
 def test_the_first_format(tmp_path):
   """One set of weights, without adapters; the drops shared by all layers."""
-  loaded = _loaded(SHORT)
-  params = loaded.params._replace(write=None, read=None)
-  loaded = loaded._replace(lora=None, params=params)
-  mplus_files.save(tmp_path, loaded)
-  config = json.loads((tmp_path / "config.json").read_text())
-  config |= {"model_type": "memoryllm", "interpolate_position_ids": True}
-  del config["drop_memory_per_layer"], config["add_decoder_lora"]
-  (tmp_path / "config.json").write_text(json.dumps(config))
-  again = _load(tmp_path)
-  scaling = again.model.config.rope_scaling
-  assert scaling.kind == "linear" and scaling.factor == 3 * 4 / 64
-  assert again.params.write is None and not again.model.settings.drop_per_layer
-  jax.tree.map(np.testing.assert_array_equal, again.frozen, loaded.frozen)
+  before = _loaded(SHORT)
+  scaling = RopeScaling("linear", 3 * 4 / 64, 64)
+  config = dataclasses.replace(small.CONFIG, rope_scaling=scaling)
+  settings = dataclasses.replace(SHORT.settings, drop_per_layer=False)
+  before = before._replace(
+    model=SHORT._replace(config=config, settings=settings),
+    lora=None,
+    params=before.params._replace(write=None, read=None),
+  )
+  mplus_files.save(tmp_path / "one", before)
+  after = _load(tmp_path / "one")
+  assert after.model.config == config and after.lora is None
+  assert after.params.write is None and not after.model.settings.drop_per_layer
+  jax.tree.map(np.testing.assert_array_equal, after.frozen, before.frozen)
+  mplus_files.save(tmp_path / "two", after)
+  written = [
+    json.loads((tmp_path / name / "config.json").read_text())
+    for name in ("one", "two")
+  ]
+  assert written[0] == written[1]
+  assert written[0]["model_type"] == "memoryllm"
+
+
+def test_a_7b_is_written_as_it_was_released():
+  stated = _llama(
+    model_type="memoryllm", num_blocks=30, max_position_embeddings=4096,
+    rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
+    interpolate_position_ids=True, shrink_to_one_embedding=True,
+    torch_dtype="float32", bos_token_id=1, eos_token_id=2, pad_token_id=2,
+  )  # fmt: skip
+  del stated["drop_memory_per_layer"]
+  config, settings, lora = mplus_config.read(stated)
+  written = mplus_config.write(
+    Model(config, settings), lora, long_rows=0, dtype="float32"
+  )
+  assert {key: written[key] for key in stated} == stated
+  absent = {"drop_memory_per_layer", "add_decoder_lora", "lora_config"}
+  assert not absent & written.keys()
+  assert mplus_config.read(written) == (config, settings, None)
