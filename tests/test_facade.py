@@ -1,11 +1,14 @@
 """jaxmem.load: texts in, answers out, many memories, files, a mesh."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 import jaxmem
+from jaxmem import facade
 from jaxmem.methods import memoryllm, mplus, mplus_files
 from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
@@ -115,6 +118,16 @@ def test_a_mesh_gives_the_same(lm, directory):
   assert spread.answer(memory, ASK, settings=FEW) == lm.answer(
     lm.write(lm.start(), TEXTS[0]), ASK, settings=FEW
   )
+
+
+def test_the_tokenizer_of_another_model(lm):
+  """Fewer tokens than rows pass, unless a text's begin or end is not there."""
+  config = dataclasses.replace(
+    lm.loaded.model.config, vocab_size=80, eos_token_ids=(2, 70)
+  )
+  model = lm.loaded.model._replace(config=config)
+  with pytest.raises(ValueError, match=r"no id \[70\].*vocab_size=80"):
+    facade.MemoryModel(lm.loaded._replace(model=model), small.tokenizer())
 
 
 def test_mistakes_are_named(lm):

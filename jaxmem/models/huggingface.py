@@ -28,6 +28,7 @@ from jaxmem.models import (
 )
 from jaxmem.models import config as decoder_config
 from jaxmem.models.checkpoint_names import Config, Leaf
+from jaxmem.models.config import ModelConfig
 from jaxmem.models.fingerprint import to_host
 from jaxmem.models.tensor_files import Tensor
 
@@ -86,9 +87,8 @@ def load_config(path_or_hub_id: str | Path) -> Config:
       f"{path_or_hub_id}: model_type {kind!r} is not supported; known: "
       f"{', '.join(checkpoint_names.FAMILIES)}"
     )
-  if kind == "t5":
-    return encoder_decoder_config.from_hf(hf)
-  return decoder_config.from_hf(hf)
+  seq2seq = kind == "t5"
+  return (encoder_decoder_config if seq2seq else decoder_config).from_hf(hf)
 
 
 def load(
@@ -205,11 +205,8 @@ def _match(config, table, tensors) -> dict[str, Tensor]:
 
 def _raise_if_any(config, missing, unknown, misshapen):
   problems = ""
-  for kind, entries in (
-    ("missing", missing),
-    ("unknown", unknown),
-    ("misshapen", misshapen),
-  ):
+  given = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+  for kind, entries in given.items():
     if entries:
       problems += f"\n{kind} ({len(entries)}):\n  " + "\n  ".join(entries)
   if problems:
@@ -302,11 +299,8 @@ def save(
     tensor_files.copy_files(Path(tokenizer_from), path, TOKENIZER_FILES)
   kinds = [value.dtype for value in flat.values()]
   kind = str(functools.reduce(jnp.promote_types, kinds))
-  to_hf = (
-    encoder_decoder_config.to_hf
-    if checkpoint_names.family_name(config) == "t5"
-    else decoder_config.to_hf
-  )
+  seq2seq = checkpoint_names.family_name(config) == "t5"
+  to_hf = (encoder_decoder_config if seq2seq else decoder_config).to_hf
   tensor_files.write_json(
     path / "config.json", to_hf(config) | {"torch_dtype": kind}
   )
@@ -364,17 +358,25 @@ def _not_about_torch(record: logging.LogRecord) -> bool:
   return "PyTorch was not found" not in record.getMessage()
 
 
-def check_vocabulary(config: Config, tokenizer: Any) -> None:
-  """Raise ValueError if the tokenizer makes ids that the model has no row for.
+def check_vocabulary(config: ModelConfig, tokenizer: Any) -> None:
+  """Raise ValueError if a tokenizer cannot be the model's.
 
-  A model may have more rows than the tokenizer has tokens (padding).
+  It has ids that the model has no row for, or lacks one that has a row and
+  begins or ends texts. A model may have more rows than there are tokens.
   """
-  largest = max(tokenizer.get_vocab().values())
-  _check_largest_id(config, largest, "the tokenizer")
+  ids = set(tokenizer.get_vocab().values())
+  _check_largest_id(config, max(ids), "the tokenizer")
+  ends = {config.bos_token_id, *config.eos_token_ids}
+  if lost := sorted(ends.intersection(range(config.vocab_size)) - ids):
+    raise ValueError(
+      f"the tokenizer has no id {lost}, which begin or end the model's texts "
+      f"(vocab_size={config.vocab_size}); use its own tokenizer, "
+      "or correct bos_token_id and eos_token_id in its config.json"
+    )
 
 
 def check_stored_vocabulary(config: Config, directory: Path) -> None:
-  """`check_vocabulary` of the tokenizer that a directory has, if any."""
+  """Raise ValueError if a directory's tokenizer, if any, has too large ids."""
   if (directory / "tokenizer.json").is_file():
     _check_largest_id(config, _largest_stored_id(directory), directory)
 
@@ -391,10 +393,8 @@ def _check_largest_id(config, largest: int, source) -> None:
 def _largest_stored_id(directory: Path) -> int:
   """Largest token id of a tokenizer.json, without building the tokenizer."""
   parsed = tensor_files.read_json(directory / "tokenizer.json")
+  ids = [token["id"] for token in parsed.get("added_tokens", [])]
   vocabulary = parsed.get("model", {}).get("vocab", {})
   if isinstance(vocabulary, dict):
-    ids = list(vocabulary.values())
-  else:  # a unigram model lists its tokens in order
-    ids = list(range(len(vocabulary)))
-  ids += [token["id"] for token in parsed.get("added_tokens", [])]
-  return max(ids, default=-1)
+    return max([*ids, *vocabulary.values()], default=-1)
+  return max([*ids, len(vocabulary) - 1])  # of a unigram model, in order

@@ -512,6 +512,23 @@ def test_tokenizer_files_and_vocabulary(tmp_path):
     huggingface.load_tokenizer(_saved(tmp_path / "bare"))
 
 
+def test_a_tokenizer_without_the_ends_of_texts(tmp_path):
+  """A smaller vocabulary fits the rows; only such ids tell it from the own."""
+  path = _tokenizer(tmp_path, LLAMA.vocab_size - 3)
+  tokenizer = huggingface.load_tokenizer(path)
+  last = LLAMA.vocab_size - 1
+  for config, said in (
+    (_like(bos_token_id=last), rf"no id \[{last}\]"),
+    (_like(eos_token_ids=(2, last)), f"vocab_size={LLAMA.vocab_size}"),
+  ):
+    with pytest.raises(ValueError, match=said):
+      huggingface.check_vocabulary(config, tokenizer)
+  # Of no meaning: a config that kept the default of a larger model.
+  for unused in (None, LLAMA.vocab_size, -1):
+    config = _like(bos_token_id=unused)
+    huggingface.check_vocabulary(config, tokenizer)
+
+
 def test_largest_id_of_a_unigram_tokenizer(tmp_path):
   parsed = {"model": {"vocab": [["<pad>", 0.0]] * 24}, "added_tokens": []}
   (tmp_path / "tokenizer.json").write_text(json.dumps(parsed))
