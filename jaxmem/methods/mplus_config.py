@@ -27,9 +27,11 @@ PROJECTIONS = {
 # (hidden_size, layers) of mplus-8b, whose published instructions round the
 # rotary frequencies.
 _ROUNDED = (4096, 32)
-# A key that no published file has, and that the published code passes over:
-# what the rotary frequencies are rounded to, where the sizes do not tell.
+# Keys that no published file has, and that the published code passes over, for
+# what is not as in the published models: what the rotary frequencies are
+# rounded to, where the sizes do not tell, and fields of Settings.
 _ROPE_DTYPE = "rope_inv_freq_dtype"
+_CHUNKS = {"longest": "max_chunk_tokens", "shortest": "min_chunk_tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,8 @@ def read(
   blocks, tokens = require(hf, "num_blocks"), require(hf, "num_tokens")
   long_blocks = hf.get("num_ltm_blocks") or 0
   _check(hf, blocks * tokens, long_blocks)
-  settings = Settings(tokens, blocks, ages=ages)
+  chunks = {name: hf[key] for name, key in _CHUNKS.items() if key in hf}
+  settings = Settings(tokens, blocks, ages=ages, **chunks)
   base = dict(hf) | {"model_type": "llama"}
   if hf.get("interpolate_position_ids"):
     positions = require(hf, "max_position_embeddings")
@@ -176,6 +179,9 @@ def write(
   }
   if config.rope_dtype != _usual_rope_dtype(config, settings.long_blocks):
     out[_ROPE_DTYPE] = config.rope_dtype
+  for name, key in _CHUNKS.items():
+    if (tokens := getattr(settings, name)) != getattr(Settings, name):
+      out[key] = tokens
   if settings.drop_per_layer or not first:
     out["drop_memory_per_layer"] = settings.drop_per_layer
   if first:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmem.methods import mplus_config, mplus_files
+from jaxmem.methods import memoryllm, mplus_config, mplus_files
 from jaxmem.methods.memoryllm import Model
 from jaxmem.models import rope
 from jaxmem.models.rope_scaling import RopeScaling
@@ -81,13 +81,7 @@ def _load(directory, **changes):
 def test_what_is_saved_is_loaded(saved):
   directory, before = saved
   after = _load(directory)
-  config, settings = after.model.config, after.model.settings
-  assert config == before.model.config and after.lora == before.lora
-  for name in ("longest", "shortest"):  # of no file
-    assert getattr(settings, name) != getattr(before.model.settings, name)
-  assert settings.schedule == before.model.settings.schedule
-  assert settings.start == before.model.settings.start
-  assert settings.key_width == before.model.settings.key_width
+  assert after.model == before.model and after.lora == before.lora
   for one, other in (
     (before.frozen, after.frozen),
     (before.params, after.params),
@@ -144,6 +138,8 @@ def test_rounding_leaves_counts_of_writes_alone(tmp_path):
 def test_the_checkpoint_that_comes_with_the_package(monkeypatch):
   found = mplus_files.load("mplus", rng=RNG, capacity=1000)
   assert found.model.settings.tokens == 8 and found.params.projectors
+  # As it was trained; longer texts are cut.
+  assert memoryllm.chunk_lengths(found.model.settings, 60) == [8, 52]
   assert mplus_files.find("some/where") == "some/where"
   with pytest.raises(ValueError, match="no such dir.*; mplus comes with the p"):
     mplus_files.load("no/such/place", rng=RNG)
@@ -254,6 +250,7 @@ def test_a_tokenizer_of_another_vocabulary(changed):
       r"adapts \['x'\]",
     ),
     ({"rope_inv_freq_dtype": "float8"}, "rope_dtype is 'float8'"),
+    ({"max_chunk_tokens": 0}, "longest is 0"),
   ],
 )
 def test_what_a_config_cannot_say(changed, config, said):
@@ -306,6 +303,7 @@ def test_rotations_of_the_released_models():
     )
   )  # fmt: skip
   assert (settings.pool_rows, settings.start) == (12800, 12801)
+  assert (settings.longest, settings.shortest) == (512, 17)
   assert lora.scale == 2 and second.rope_scaling.factor == 1.8125
   assert second.rope_dtype == first.rope_dtype == "float32"
   third = _llama(
@@ -396,6 +394,9 @@ def test_a_7b_is_written_as_it_was_released():
     Model(config, settings), lora, long_rows=0, dtype="float32"
   )
   assert {key: written[key] for key in stated} == stated
-  absent = {"drop_memory_per_layer", "add_decoder_lora", "lora_config"}
+  absent = {
+    "drop_memory_per_layer", "add_decoder_lora", "lora_config",
+    "max_chunk_tokens", "min_chunk_tokens", "rope_inv_freq_dtype",
+  }  # fmt: skip
   assert not absent & written.keys()
   assert mplus_config.read(written) == (config, settings, None)
