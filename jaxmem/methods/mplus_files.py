@@ -88,7 +88,8 @@ def load(
   Raises:
     ValueError: no checkpoint there, a config that is not supported, tensors
       that are missing, unknown or misshapen (all listed), a tokenizer with more
-      tokens than the model has rows, or an empty long-term store.
+      tokens than the model has rows, or a long-term store that is empty or of
+      another size than the config says.
   """
   try:
     directory = huggingface.directory_of(find(path_or_hub_id), weights=True)
@@ -108,6 +109,7 @@ def load(
   huggingface.check_stored_vocabulary(config, directory)
   model = Model(config, settings, dtype)
   tensors = dict(tensor_files.open_directory(directory))
+  _check_long_rows(hf, model, tensors, directory)
   own = _own(model, lora, tensors, directory)
   base = {
     name.replace(".base_layer.", "."): tensor
@@ -138,6 +140,25 @@ def load(
   params = _params(model, lora, values)
   state = _state(model, frozen, params, values, rng, capacity, keep_key_value)
   return Loaded(model, lora, frozen, params, state)
+
+
+def _check_long_rows(hf, model, tensors, directory):
+  """Raise where a store has other rows than the config says, if it does."""
+  stated = hf.get("ltm_initial_size")
+  if not model.settings.long_blocks or stated is None:
+    return
+  names = [f"ltm.{layer}" for layer in range(model.config.num_layers)]
+  wrong = [
+    f"{name} {list(tensors[name].shape)}"
+    for name in names
+    if name in tensors and tensors[name].shape[:1] != (stated,)
+  ]
+  if wrong:
+    raise ValueError(
+      f"{directory}: ltm_initial_size is {stated}, which are not the rows of "
+      f"{', '.join(wrong[:5])} ({len(wrong)} in all); make config.json and "
+      "checkpoint agree"
+    )
 
 
 def _own(model, lora, tensors, directory):

@@ -221,12 +221,30 @@ def test_adapted_projections_have_their_infix(changed):
 def test_an_empty_store_is_refused(changed):
   def empty(tensors):
     return {
-      name: x[:0] if name.startswith("ltm") and name.endswith(".0") else x
+      name: x[:0] if name.startswith("ltm") else x
       for name, x in tensors.items()
     }
 
   with pytest.raises(ValueError, match="layer 0 is empty"):
-    _load(changed(empty))
+    _load(changed(empty, ltm_initial_size=0))
+
+
+def test_a_store_has_the_rows_that_are_stated(changed):
+  said = r"ltm_initial_size is 5, .* ltm.0 \[3, 16\], ltm.1 \[3, 16\] \(2 in"
+  with pytest.raises(ValueError, match=said):
+    _load(changed(ltm_initial_size=5))
+
+  def cut(tensors):
+    return {
+      name: x[1:] if name.startswith("ltm") and name.endswith(".1") else x
+      for name, x in tensors.items()
+    }
+
+  said = r"ltm_initial_size is 3, .* ltm.1 \[2, 16\] \(1 in"
+  with pytest.raises(ValueError, match=said):
+    _load(changed(cut, ltm_initial_size=3))
+  # Nothing to compare: layers of other sizes are read.
+  assert _load(changed(ltm_initial_size=None)).state is not None
 
 
 def test_a_tokenizer_of_another_vocabulary(changed):
