@@ -309,7 +309,8 @@ def get_config(arg: str = "") -> ConfigDict:
         steps=300, most_writes=4, facts=2, filler=0.0, document_tokens=22
       ),
       "whole": _stage(steps=400, most_writes=4),
-      "pool": _stage(steps=800, found=1.0),
+      # What the retriever finds is read as soon as it learns.
+      "pool": _stage(steps=800, retrieve=True, found=1.0),
       "store": _stage(steps=1000, most_writes=48, retrieve=True, found=1.0),
     }
   )

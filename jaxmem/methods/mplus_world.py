@@ -53,7 +53,7 @@ class Task:
   # Whether the reader's gradient passes into what this step wrote; the papers
   # cut it.
   through_pool: bool = True
-  retrieve: bool = False  # rows of the long-term store are read too
+  retrieve: bool = False  # rows of the long-term store are read too, of M+
   found: float | int = 0.0  # weight of the retriever's loss
 
   def __post_init__(self):
@@ -177,7 +177,7 @@ class Found(NamedTuple):
   far: jax.Array  # [Q] -log of 1 - the weights of all other pool rows
   far_count: jax.Array  # [Q]
   recalled: jax.Array  # [Q] rows of the document found in the long-term store
-  stored: jax.Array  # [Q] those that are there
+  stored: jax.Array  # [Q] those that are there; both 0 without retrieval
 
 
 class Taught(NamedTuple):
@@ -241,8 +241,10 @@ def ask(
     newest = jnp.arange(rows) >= rows - model.settings.tokens
     rate = (before, jnp.broadcast_to(newest[None], (layers, rows)))
   given = mplus.context(model, frozen, params, state, asked=before, rate=rate)
-  if not (searched or rate):
+  if not searched and rate is None:
     given = given._replace(prefix_fn=None, layer_state=None)
+  elif not searched:  # the pool's rows are rated, no others are read
+    given = given._replace(layer_state=given.layer_state._replace(slots=None))
   out = decoder.apply(
     model.config,
     frozen,
@@ -280,16 +282,17 @@ def _found(model, state, asked, retrieved) -> Found:
   """Compare what was found with where the documents' rows are."""
   tokens = model.settings.tokens
   age = asked.age[None, :, None]
-  slots = state.store.slots
-  own = (slots.age[:, None] // tokens == age) & slots.valid[:, None]
-  chosen = jnp.take_along_axis(own, retrieved.found.index, axis=2)
 
   def count(values):
     return values.sum(axis=(0, 2))
 
-  out = zeros(Found, len(asked.age))._replace(
-    recalled=count(chosen & retrieved.found.valid), stored=count(own)
-  )
+  out = zeros(Found, len(asked.age))
+  if retrieved.found is not None:
+    slots = state.store.slots
+    own = (slots.age[:, None] // tokens == age) & slots.valid[:, None]
+    chosen = jnp.take_along_axis(own, retrieved.found.index, axis=2)
+    recalled = count(chosen & retrieved.found.valid)
+    out = out._replace(recalled=recalled, stored=count(own))
   if retrieved.rated is None:
     return out
   weights = retrieved.rated.weights  # [L, Q, N]

@@ -187,6 +187,27 @@ def test_the_retriever_is_rated_by_whose_rows_are_whose():
   assert float(found.near) > 0 and float(found.far) > 0
 
 
+def test_only_what_retrieves_reads_the_store():
+  """Whether the retriever learns has no part in what is read."""
+  frozen, params = remembering.weights(MPLUS)
+  ask = jax.jit(mw.ask, static_argnums=(0, 1))
+  scored, found = {}, {}
+  for retrieve, weight in ((False, 0), (False, 1), (True, 0), (True, 1)):
+    task = mw.Task(questions=3, retrieve=retrieve, found=weight)
+    scored[retrieve, weight], found[retrieve, weight] = ask(
+      MPLUS, task, frozen, params, _memory(), _step().asked
+    )
+  for retrieve in (False, True):
+    one, other = (np.asarray(scored[retrieve, i].nll) for i in (0, 1))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+  nll = scored[False, 1].nll - scored[True, 1].nll
+  assert float(np.abs(nll).max()) > 1e-2
+  assert not found[False, 1].stored.any() and found[True, 1].stored.any()
+  for name in ("near", "near_count", "far_count"):
+    assert getattr(found[False, 1], name).any(), "the pool is rated all the same"
+  assert not found[True, 0].near.any()
+
+
 def test_the_loss_adds_means_of_their_own_counts():
   """Two memories at once: each as alone, the terms weighed as said."""
   frozen, params = remembering.weights(MPLUS)
