@@ -1,4 +1,12 @@
-"""MemoryLLM's and M+'s writes, states, reads and answers against their code."""
+"""MemoryLLM's and M+'s writes, states, reads and answers against their code.
+
+Not compared, beside what says where an error begins (`aux_`):
+- streams and logits of a write, and logits of a first write, but for the K
+  tokens that become rows: nothing of the others leaves the encoder;
+- `out_retriever_weights_full`: only its mean over tokens is ever made;
+- streams within `delta_one_context` and `read_detached_memory`: logits are.
+`grad_one_context` runs with --golden-dir alone: it takes a minute to compile.
+"""
 
 import dataclasses
 import functools
@@ -15,6 +23,8 @@ from jaxmem.methods import memoryllm, mplus, mplus_files, mplus_names
 from jaxmem.models import decoder, rope
 from tests.golden import mplus_set
 from tests.golden.mplus_set import arguments, assert_close, assert_near
+
+WRITTEN = ("delta_memory", "hidden_states", "logits")
 
 
 @pytest.fixture(scope="module", params=["mplus", "memoryllm"])
@@ -70,14 +80,24 @@ def test_writes_of_all_lengths(cases):
       ids.append(pair[0][0]), valid.append(pair[1][0])
       chained = "in_delta_memory" in case
       newest.append(case["in_delta_memory"][row] if chained else own)
-      wanted.append(case["out_delta_memory"][row])
+      wanted.append({key: case[f"out_{key}"] for key in WRITTEN})
+      wanted[-1]["hidden_states"] = wanted[-1]["hidden_states"].swapaxes(0, 1)
+      wanted[-1] = {key: value[row] for key, value in wanted[-1].items()}
   made = mplus_set.encode(
     *arguments(loaded),
     jnp.stack(newest, axis=1),
     np.stack(ids),
     np.stack(valid),
   )
-  assert_close(np.moveaxis(made, 1, 0), np.stack(wanted))
+  assert len(wanted) == made.shape[1]
+  for row, want in enumerate(wanted):
+    new = np.asarray(made[:, row])
+    assert_close(new, want["delta_memory"])
+    n = min(k, want["logits"].shape[0])  # tokens that became rows
+    hidden, logits = mplus_set.read_out(loaded, new[-1])
+    assert_close(new[:-1, -n:], want["hidden_states"][1:-1, -n:])
+    assert_close(hidden[-n:], want["hidden_states"][-1, -n:])
+    assert_close(logits[-n:], want["logits"][-n:])
 
 
 def test_a_chunk_without_padding(cases):
@@ -186,6 +206,11 @@ def test_rounded_frequencies(long):
   exact = mplus_set.read(loaded, loaded.state, case["in_input_ids"])
   assert_close(exact.logits, case["out_logits_fp32_inv_freq"])
   assert np.abs(exact.logits - found.logits).max() > 1e-3
+  tail = pool.newest(loaded.state.pool, loaded.model.settings.tokens).hidden
+  ids = jnp.asarray(case["in_input_ids"], jnp.int32)
+  wanted = case["out_inject_delta_memory"]
+  made = mplus_set.encode(*arguments(rounded), tail, ids)
+  assert_close(np.moveaxis(made, 1, 0), wanted)
 
 
 def test_reads_of_new_rows_alone(cases):
@@ -194,6 +219,7 @@ def test_reads_of_new_rows_alone(cases):
   ids = jnp.asarray(case["in_input_ids"], jnp.int32)
   out = mplus_set.read_new(*arguments(loaded), new, ids)
   logits = decoder.logits(loaded.model.config, loaded.frozen, out.hidden)
+  assert_close(out.hidden, case["out_hidden_states"][-1])
   assert_close(logits, case["out_logits"])
   loss = mplus_set.mean_loss(logits, ids, case["in_labels"])
   assert_near(loss, case["out_loss"][0])
@@ -232,6 +258,12 @@ def test_decoding(cases):
       )
       if "out_prefill_values" in case:
         _check_cache(settings, cache, case, n)
+        _check_ready(loaded, state, case)
+      if "out_prefill_ltm_tokens" in case:
+        index = mplus_set.read(loaded, state, own).aux.found.index[:, 0]
+        rows = np.asarray(state.store.slots.rows.hidden)
+        rows = np.take_along_axis(rows, index[..., None], axis=1)
+        assert_close(rows, case["out_prefill_ltm_tokens"])
       out = mplus_set.answers(loaded, state, own, new)
       length = int(out.length[0])
       made = np.asarray(out.tokens)[0, :length]
@@ -247,6 +279,17 @@ def _check_cache(settings, cache, case, n):
     assert_close(ours[:, 0, :, :r], theirs[:, :, 1 : 1 + r])
     end = r - (-n // mplus_set.SHORT) * mplus_set.SHORT  # then, free slots
     assert_close(ours[:, 0, :, end - n : end], theirs[:, :, -n:])
+
+
+def _check_ready(loaded, state, case):
+  """The bos and the pool's rows, with keys rotated for their places."""
+  settings = loaded.model.settings
+  place = np.arange(1 + settings.pool_rows)
+  place[1:] += settings.retrieved
+  made = mplus_set.ready(*arguments(loaded), state)
+  for ours, name in ((made.key, "keys"), (made.value, "values")):
+    theirs = case[f"out_prefill_{name}"][:, :, place]
+    assert_close(np.swapaxes(ours, 1, 2), theirs)
 
 
 def test_decoding_in_chunks(cases):
@@ -281,6 +324,8 @@ def test_a_pool_that_holds_nothing(short):
     text = jnp.asarray(case["in_context_ids"], jnp.int32)
     new = mplus_set.encode_first(*arguments(loaded), text)
     assert_close(new[:, 0], case["out_delta_memory"][0])
+    _, logits = mplus_set.read_out(loaded, new[-1, 0])
+    assert_close(logits, case["out_logits_injection"][0, -len(logits) :])
     rows = pool.tile(new[:, 0], settings.pool_rows)
     assert_close(rows, case["post_memory"])
     state = mplus_set.with_rows(loaded, loaded.state, rows)
@@ -303,9 +348,10 @@ def _gradients(model, frozen, params, state, case):
       both = state._replace(pool=state.pool._replace(rows=memoryllm.Rows(rows)))
       out = mplus.read(model, frozen, params, both, case["ids"])
     logits = decoder.logits(model.config, frozen, out.hidden)
-    return mplus_set.mean_loss(logits, case["ids"], case["labels"])
+    loss = mplus_set.mean_loss(logits, case["ids"], case["labels"])
+    return loss, (new, logits)
 
-  return jax.value_and_grad(loss)((frozen, params))
+  return jax.value_and_grad(loss, has_aux=True)((frozen, params))
 
 
 def test_gradients(cases, path):
@@ -326,8 +372,10 @@ def test_gradients(cases, path):
       "labels": jnp.asarray(case["in_labels"]),
       "order": _order(case, loaded) if "rng_perm" in case else None,
     }
-    value, grads = _gradients(*arguments(loaded), state, texts)
+    (value, aux), grads = _gradients(*arguments(loaded), state, texts)
     assert_near(value, case["out_loss"][0])
+    assert_close(np.moveaxis(aux[0], 1, 0), case["out_delta_memory"])
+    assert_close(aux[1], case["out_logits"])
     named = mplus_names.to_released(loaded.model, loaded.lora, *grads)
     checked = 0
     for key, want in case.items():
