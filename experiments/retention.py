@@ -139,6 +139,7 @@ def run_subject(
     held["upper_bound"],
     held["points"],
     book_positions.points(found["books"], width) if found["books"] else [],
+    size=held.get("size"),
   )
 
 
@@ -157,6 +158,7 @@ def run_retention(
     return None
   return {
     "pool": subject.pool,
+    "size": subject.size,
     "upper_bound": subject.upper_bound,
     "points": knowledge_retention.points(asked),
     "answers": [

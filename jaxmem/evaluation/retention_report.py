@@ -22,11 +22,12 @@ class Row(NamedTuple):
   upper_bound: bool
   points: list[Point]  # of `knowledge_retention.points`
   book: list[Point]  # of `book_positions.points`; empty: no books
+  size: int | None = None  # of `Subject`
 
 
 def numbers(
   row: Row, alone: float | None, gold: float | None
-) -> dict[str, float | None]:
+) -> dict[str, float | int | None]:
   """Flatten a row, in percent unless said.
 
   "at/8": right after 8 writes, "at/8/low" and "at/8/high" its interval;
@@ -34,13 +35,16 @@ def numbers(
   the documents of a book from number 5 on; "reach" in writes (None: not even
   at the start), "reach_lives" in half-lives of the pool, "beyond" 1 where it
   is the last that was asked; "start", "of_gold" of the accuracy with the text
-  itself in the prompt, "recall_ratio" times what rows at random would give.
+  itself in the prompt, "recall_ratio" times what rows at random would give;
+  "bytes" of one memory.
 
   Args:
     alone: accuracy of ALONE; None: it was not asked, and there is no reach.
     gold: of GOLD, likewise.
   """
-  out: dict[str, float | None] = {}
+  out: dict[str, float | int | None] = {}
+  if row.size is not None:
+    out["bytes"] = row.size
   for point in row.points:
     at = point["writes"]
     out[f"at/{at}"] = point["accuracy"]
@@ -100,7 +104,7 @@ def tables(rows: Sequence[Row], width: int = 1) -> str:
   flat = all_numbers(rows)
   writes = sorted({p["writes"] for row in rows for p in row.points})
   head = ["subject", *(str(at) for at in writes), "reach", "half-lives"]
-  head += ["% of gold"]
+  head += ["% of gold", "KiB of a memory"]
   lines = []
   for row in rows:
     found, by = flat[row.name], {p["writes"]: p for p in row.points}
@@ -108,6 +112,7 @@ def tables(rows: Sequence[Row], width: int = 1) -> str:
       [_name(row), *(_interval(by.get(at)) for at in writes)]
       + [_reach(found), _number(found.get("reach_lives"))]
       + [_number(found.get("of_gold"))]
+      + [NONE if row.size is None else f"{row.size / 1024:.0f}"]
     )
   text = "Percent of facts said, by texts written since [95 %].\n\n"
   text += markdown.table(head, lines)

@@ -55,4 +55,7 @@ class Subject(NamedTuple):
   ask: Callable[[Any, Sequence[Prompt], int], Reply]
   # (rows of a layer's pool, rows that a text is written as); None: no pool
   pool: tuple[int, int] | None = None
+  # Bytes of one memory on the device, room for rows to come included; nothing
+  # of it is on the host. None: it holds no rows.
+  size: int | None = None
   upper_bound: bool = False  # keeps or sees raw text

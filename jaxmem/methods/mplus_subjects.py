@@ -104,9 +104,11 @@ def memory(
     return Reply(_texts(tokenizer, out), jax.tree.map(np.asarray, rows))
 
   settings = model.settings
+  held = (state.pool.rows, state.pool.age, state.store)
   return Subject(
-    name, start, write, put, pool=(settings.pool_rows, settings.tokens)
-  )
+    name, start, write, put, pool=(settings.pool_rows, settings.tokens),
+    size=sum(leaf.nbytes for leaf in jax.tree.leaves(held)),
+  )  # fmt: skip
 
 
 @functools.cache

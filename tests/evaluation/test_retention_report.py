@@ -22,6 +22,7 @@ PLUS = Row(
   ],
   [{"place": 0, "accuracy": 25.0, "low": 5.0, "high": 70.0},
    {"place": 2, "accuracy": 50.0, "low": 15.0, "high": 85.0}],
+  3072,
 )  # fmt: skip
 ALONE = Row("closed_book", None, False, [point(0, 10.0)], [])
 GOLD = Row("gold", None, True, [point(0, 100.0)], [])
@@ -47,17 +48,22 @@ def test_numbers():
   assert "reach" not in found["gold"] and "reach" not in found["closed_book"]
   bare = report.all_numbers([PLUS])["mplus"]
   assert "reach" not in bare and "of_gold" not in bare
+  assert plus["bytes"] == 3072 and "bytes" not in found["gold"]
   late = PLUS._replace(points=PLUS.points[1:])
   assert "start" not in report.all_numbers([ALONE, GOLD, late])["mplus"]
 
 
 def test_tables():
   text = report.tables(ROWS, 2)
-  assert "| subject | 0 | 1 | 4 | reach | half-lives | % of gold |" in text
+  assert (
+    "| subject | 0 | 1 | 4 | reach | half-lives | % of gold | KiB of a memory |"
+  ) in text
   line = "| mplus | 80 [40, 100] | 60 [30, 100] | 30 [15, 100] | 1 | 0.415 |"
-  assert f"{line} 80 |" in text
-  assert "| memoryllm | 10 [5, 100] | 0 [0, 100] | – | none | – | 10 |" in text
-  assert "| gold\\* | 100 [50, 100] | – | – | – | – | 100 |" in text
+  assert f"{line} 80 | 3 |" in text
+  assert (
+    "| memoryllm | 10 [5, 100] | 0 [0, 100] | – | none | – | 10 | – |" in text
+  )
+  assert "| gold\\* | 100 [50, 100] | – | – | – | – | 100 | – |" in text
   assert "| mplus | recall, % | – | 40 | 20 | 2.67 |" in text
   assert "| subject | 1–2 | 3–4 |" in text
   assert "| mplus | 25 [5, 70] | 50 [15, 85] |" in text

@@ -140,6 +140,10 @@ def test_without_a_store():
   assert len(reply.texts) == 2
   assert reply.rows.stored.tolist() == reply.rows.found.tolist() == [0, 0]
   assert subject(SHORT).pool == (2 * K, K)
+  # Of a row and layer, in 4 bytes each: the row, its key and value, its age.
+  row = 4 * SHORT.config.num_layers * (16 + 8 + 8 + 1)
+  assert subject(SHORT).size == 2 * K * row
+  assert subject(MPLUS).size > subject(SHORT).size
 
 
 def test_what_is_shown_in_a_prompt(monkeypatch):
