@@ -68,6 +68,39 @@ def test_writing_by_the_equation():
     np.testing.assert_allclose(made[:, row], wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_writing_at_the_published_size():
+  """K = 256, chunks of 17 to 512 tokens: three programs for all lengths."""
+  settings = memoryllm.Settings(
+    256, 3, long_blocks=1, key_width=4, flush_every=2
+  )
+  model = MPLUS._replace(settings=settings)
+  frozen, params = remembering.weights(model)
+  traced = []
+
+  @jax.jit
+  def write(state, ids, valid):
+    traced.append(len(ids))
+    return mplus.write(model, frozen, params, state, ids, valid)
+
+  state = remembering.start(model, keep_key_value=False)
+  for tokens in (17, 255, 256, 257, 512):
+    ids = text(tokens, tokens)
+    newest = state.pool.rows.hidden[:, -256:]
+    (chunk,) = memoryllm.chunks(settings, ids.tolist())
+    state = write(state, *chunk)
+    wanted = reference.encode(
+      model.config, frozen, params, newest, np.asarray(ids)
+    )
+    made = state.pool.rows.hidden[:, -256:]
+    np.testing.assert_allclose(made, wanted, atol=2e-4)
+  assert traced == [256, 384, 512]
+  rooms = {
+    len(memoryllm.chunks(settings, [1] * tokens)[0][0])
+    for tokens in range(17, 513)
+  }
+  assert rooms == set(traced)
+
+
 def test_reading_by_the_equation():
   frozen, params = remembering.weights(SHORT)
   state = remembering.start(SHORT)
@@ -81,7 +114,11 @@ def test_reading_by_the_equation():
 
 @pytest.mark.parametrize("model", [SHORT, MPLUS], ids=["memoryllm", "mplus"])
 def test_memories_in_a_batch_are_each_alone(model):
-  """Written and read; a chunk without tokens leaves its memory as it is."""
+  """Written and read; a chunk without tokens leaves its memory as it is.
+
+  What is drawn, ages and orders are equal; rows and streams within 1e-5, for a
+  batch's products are other programs, which sum in another order.
+  """
   frozen, params = remembering.weights(model)
   states = [remembering.start(model, seed) for seed in range(2)]
   states.append(_written(model))
