@@ -8,10 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import mplus as mplus_config
 from jaxmem.data import memory_rows
 from jaxmem.data import world as w
 from jaxmem.data.memory_rows import Texts
-from jaxmem.methods import memoryllm, mplus, mplus_exam, mplus_state
+from jaxmem.methods import (
+  cmt_exam,
+  memoryllm,
+  mplus,
+  mplus_exam,
+  mplus_files,
+  mplus_setup,
+  mplus_state,
+)
 from jaxmem.methods import mplus_world as mw
 from jaxmem.models import decoder
 from jaxmem.training.step import Gather
@@ -204,7 +213,9 @@ def test_only_what_retrieves_reads_the_store():
   assert float(np.abs(nll).max()) > 1e-2
   assert not found[False, 1].stored.any() and found[True, 1].stored.any()
   for name in ("near", "near_count", "far_count"):
-    assert getattr(found[False, 1], name).any(), "the pool is rated all the same"
+    assert getattr(found[False, 1], name).any(), (
+      "the pool is rated all the same"
+    )
   assert not found[True, 0].near.any()
 
 
@@ -259,6 +270,34 @@ def test_a_merge_of_states_keeps_ages_in_writes():
 def test_wrong_tasks(changes, message):
   with pytest.raises(ValueError, match=message):
     mw.Task(**changes)
+
+
+def test_shipped_adapters_cannot_stand_in_for_one_another():
+  """Written with the adapter of reading, nothing is left.
+
+  That of writing reads new rows in training ("new"), and so still answers some,
+  though the published models' are said to answer none.
+  """
+  found = mplus_files.load("mplus", rng=jax.random.key(0), keep_key_value=False)
+  exam = jax.jit(
+    mplus_exam.make_exam(
+      found.model,
+      cmt_exam.people_of_test(w.make_world()),
+      mplus_setup.make_shape(mplus_config.get_config("tiny")),
+      writes=2, distances=(0, 1), memories=16, retrieve=False,
+    )
+  )  # fmt: skip
+  own = found.params
+  right, misread, miswritten = (
+    exam(params, found.frozen, found.state, jax.random.key(1))
+    for params in (
+      own, own._replace(read=own.write), own._replace(write=own.read)
+    )
+  )  # fmt: skip
+  for at in ("right/0", "right/1"):
+    assert right[at] > 0.8
+    assert misread[at] < right[at] - 0.2
+    assert miswritten[at] < 0.1
 
 
 def test_wrong_exams():
