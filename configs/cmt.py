@@ -71,7 +71,6 @@ def _memory() -> ConfigDict:
       "aggregation": "chunked",  # or flat, hierarchical
       "chunk": 1024,  # memory vectors at a time
       "window": 16,  # documents of a group, hierarchical; MAC
-      "injector": "mac_slots",  # MAC; or bottleneck (7B and up), linear
       "prefix_len": 2,  # of mac_slots; MAC
       "injector_hidden": 768,  # MAC
       "injector_rank": 256,  # of bottleneck
@@ -101,16 +100,22 @@ def _of_method() -> ConfigDict:
       "cmt": {
         "tokens": 24,  # vectors of a document; MAC: 12 for DistilGPT2
         "share_question_encoder": True,  # the paper's figure
+        "injector": "mac_slots",  # or bottleneck (7B and up), linear
         "alpha": 0.5,  # as in context-aware decoding; the paper does not say
         "memory_aware": "train+decode",  # or train, decode, off; our reading
         "beta": 0.1,  # our reading
         "score_weight": 0.0,  # of the match in the attention; the paper: none
         "retrieved": 16,  # documents a question draws on; our reading
       },
-      "mac": {"tokens": 24, "share_question_encoder": False},
+      "mac": {
+        "tokens": 24,
+        "share_question_encoder": False,
+        "injector": "mac_slots",
+      },
       "mbc": {
         "tokens": 24,
         "share_question_encoder": False,
+        "injector": "mac_slots",
         "num_codes": 512,
         "kv_lora_rank": 32,
         "kv_lora_alpha": 64.0,
@@ -157,15 +162,18 @@ def _data() -> ConfigDict:
 def _train() -> ConfigDict:
   return ConfigDict(
     {
-      "rate": 1e-4,  # our reading (MAC: 1e-5, and 1e-4 for DistilGPT2)
-      "t5_scale": 0.1,  # factor on the rate of T5s; our reading
+      # These two and clip_norm, None: the method's own. MAC and MBC 1e-5 (for
+      # DistilGPT2 MAC's paper has 1e-4); CMT 1e-4, our reading.
+      "rate": placeholder(float),
+      # Factor on the rate of T5s: MAC and MBC 1, CMT 0.1, our reading.
+      "t5_scale": placeholder(float),
       "schedule": "constant",  # MAC; or cosine, linear
       "warmup_percent": 1.0,  # MAC
       "end_ratio": 0.0,  # the rate falls to this share of it
       "b1": 0.9,
       "b2": 0.999,
       "weight_decay": 0.0,  # MAC
-      "clip_norm": 1.0,  # our reading (MAC: 100)
+      "clip_norm": placeholder(float),  # MAC, MBC 100; CMT 1, our reading
       "train_aggregator": True,  # a figure may be read as if it were frozen
       "base_dtype": "bfloat16",  # of the language model's weights
       "remat": True,
@@ -232,7 +240,7 @@ def _paper(config: ConfigDict) -> None:
   config.stages.pairs = _stage(
     steps=33_000, banks=4, rows=8, asked=1, questions=1, keep=0.25
   )
-  config.memory.injector = "bottleneck"  # our reading, at 7B
+  config.of_method.cmt.injector = "bottleneck"  # our reading, at 7B
   config.eval.bank_dtype = "bfloat16"
   # An epoch of MAC's is 660 of these steps; MBC: ten of them without a gain.
   config.select.update(
@@ -270,7 +278,6 @@ def _tiny(config: ConfigDict) -> None:
       "heads": 4,
       "head_dim": 32,
       "aligned_start": True,
-      "injector": "linear",
       "answer_labels": 3,
       "match": "softmax",  # the paper's loss: configs/cmt_ablations.py
     }
@@ -280,10 +287,13 @@ def _tiny(config: ConfigDict) -> None:
   config.of_method.mbc.update(
     {"tokens": 8, "kv_lora_rank": 4, "kv_lora_alpha": 8.0}
   )
+  for method in config.of_method.values():
+    method.injector = "linear"
   config.train.update(
     {
       "rate": 2e-3, "schedule": "cosine", "end_ratio": 0.05, "b2": 0.98,
-      "warmup_percent": 2.0, "base_dtype": "float32", "remat": False,
+      "warmup_percent": 2.0, "clip_norm": 1.0, "base_dtype": "float32",
+      "remat": False,
       "steps_per_call": 20, "log_steps": 20,
     }
   )  # fmt: skip

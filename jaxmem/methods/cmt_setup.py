@@ -21,6 +21,14 @@ from jaxmem.models.fingerprint import fingerprint
 from jaxmem.training import optimizer, parallel
 
 METHODS = {"cmt": Settings, "mac": mac.settings, "mbc": mbc.settings}
+# What a method is trained with where the config says nothing; CMT's is our
+# reading, the others' that of MAC's code.
+_MAC_TRAINING = {"rate": 1e-5, "t5_scale": 1.0, "clip_norm": 100.0}
+TRAINING = {
+  "cmt": {"rate": 1e-4, "t5_scale": 0.1, "clip_norm": 1.0},
+  "mac": _MAC_TRAINING,
+  "mbc": _MAC_TRAINING,
+}
 
 
 class Base(NamedTuple):
@@ -146,13 +154,14 @@ def make_training(config: ConfigDict, total_steps: int) -> cmt_train.Training:
   Raises:
     ValueError: an unknown schedule, or a value out of range.
   """
-  train = config.train
-  check("train.schedule", train.schedule, optimizer.SCHEDULES)
-  if not train.rate > 0:
-    raise ValueError(f"train.rate is {train.rate}; it must be above 0")
-  if not 0 <= train.warmup_percent <= 100:
+  train = _trained_with(config)
+  check("train.schedule", train["schedule"], optimizer.SCHEDULES)
+  if not train["rate"] > 0:
+    raise ValueError(f"train.rate is {train['rate']}; it must be above 0")
+  warmup = train["warmup_percent"]
+  if not 0 <= warmup <= 100:
     raise ValueError(
-      f"train.warmup_percent is {train.warmup_percent}; it must be in [0, 100]"
+      f"train.warmup_percent is {warmup}; it must be in [0, 100]"
     )
   same = (
     "rate", "schedule", "end_ratio", "b1", "b2", "weight_decay", "clip_norm",
@@ -160,10 +169,17 @@ def make_training(config: ConfigDict, total_steps: int) -> cmt_train.Training:
   )  # fmt: skip
   t5 = make_settings(config).compressor == "t5"
   return cmt_train.Training(
-    warmup_steps=int(train.warmup_percent / 100 * total_steps),
-    t5_scale=train.t5_scale if t5 else None,
+    warmup_steps=int(warmup / 100 * total_steps),
+    t5_scale=train["t5_scale"] if t5 else None,
     **{name: train[name] for name in same},
   )
+
+
+def _trained_with(config):
+  """The values of config.train; those that are None are the method's."""
+  train = config.train.to_dict()
+  own = TRAINING[config.method]
+  return train | {k: v for k, v in own.items() if train[k] is None}
 
 
 def load_base(config: ConfigDict) -> Base:
@@ -329,7 +345,7 @@ def ladder(
 
 def learned(config: ConfigDict) -> dict[str, Any]:
   """Settings that decide what is learned; for the run's fingerprint."""
-  train = config.train.to_dict()
+  train = _trained_with(config)
   for name in ("steps_per_call", "save_steps", "log_steps"):
     del train[name]
   return {

@@ -306,13 +306,40 @@ def test_a_frozen_aggregator_stays():
   assert (moved["injector"]["x"] != 0).all()
 
 
-def test_paper_configs_are_whole():
+@pytest.mark.parametrize(
+  ("method", "injector", "rows", "rate", "t5_rate", "clip"),
+  [
+    ("cmt", "bottleneck", 24, 1e-4, None, 1.0),
+    ("mac", "mac_slots", 2, 1e-5, 1e-5, 100.0),
+    ("mbc", "mac_slots", 2, 1e-5, 1e-5, 100.0),
+  ],
+)
+def test_paper_config_of_each_method(
+  method, injector, rows, rate, t5_rate, clip
+):
   config = configs.load("configs/cmt.py:paper")
-  for name in cmt_setup.METHODS:
-    configs.apply(config, {"method": name})
-    settings, (stage,) = (
-      cmt_setup.make_settings(config), cmt_setup.make_stages(config),
-    )  # fmt: skip
-    assert settings.tokens == 24 and stage.documents == 32
-    assert dict(stage.changes)["keep"] == 0.25
-    assert np.isclose(cmt_setup.make_training(config, 1000).rate, 1e-4)
+  configs.apply(config, {"method": method})
+  settings = cmt_setup.make_settings(config)
+  (stage,) = cmt_setup.make_stages(config)
+  assert settings.tokens == 24 and stage.documents == 32
+  assert dict(stage.changes)["keep"] == 0.25
+  assert (settings.injector, settings.prefix_rows) == (injector, rows)
+  training = cmt_setup.make_training(config, 1000)
+  assert (training.rate, training.clip_norm) == (rate, clip)
+  assert t5_rate == (training.t5_scale and training.t5_scale * rate)
+  configs.apply(
+    config,
+    {"memory.compressor": "t5", "train.rate": 0.5, "train.clip_norm": 2.0},
+  )
+  training = cmt_setup.make_training(config, 1000)
+  assert (training.rate, training.clip_norm) == (0.5, 2.0)
+  assert training.t5_scale == (0.1 if method == "cmt" else 1.0)
+
+
+def test_tiny_trains_all_methods_alike():
+  config = configs.load("configs/cmt.py:tiny")
+  for method in cmt_setup.METHODS:
+    configs.apply(config, {"method": method})
+    training = cmt_setup.make_training(config, 100)
+    assert (training.rate, training.clip_norm) == (2e-3, 1.0)
+    assert cmt_setup.make_settings(config).injector == "linear"
