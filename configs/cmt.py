@@ -367,7 +367,9 @@ def get_config(arg: str = "") -> ConfigDict:
   config.seed = 0
   config.model = "tiny"
   config.method = "cmt"  # or mac, mbc
-  config.start = ""  # directory of trained weights to go on from
+  # Trained weights to go on from: a directory that a run exported, or a state
+  # dict of MAC's or MBC's own code as FILE.safetensors.
+  config.start = ""
   config.export = ""  # directory for the trained weights; empty: WORKDIR/memory
   config.export_dtype = "float32"  # or bfloat16
   config.profile = ()  # (start, n): trace these steps

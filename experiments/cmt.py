@@ -19,8 +19,9 @@ ones, and without any. `experiments.compare` puts it beside other methods.
 Writes result.json (percent), ladder.md and ladder.json (all scores, answers),
 correct.json (each question, for paired tests) and the trained weights. A
 restart goes on from the last checkpoint. With `select.score`, the weights are
-those that answer a validation stream best. With `start`, and `order` empty,
-nothing is trained.
+those that answer a validation stream best. With `start`, which is a directory
+of such weights or, for MAC and MBC, a state dict of their own code
+(`cmt_released.py`), and `order` empty, nothing is trained.
 """
 
 import json
@@ -41,6 +42,7 @@ from jaxmem.methods import (
   cmt_files,
   cmt_learner,
   cmt_params,
+  cmt_released,
   cmt_setup,
   cmt_streams,
   cmt_train,
@@ -126,7 +128,11 @@ def start(exp: Experiment) -> tuple[cmt.Params, float]:
   """Draw what is trained, or read it from another run, with its min_match."""
   config, base = exp.config, exp.base
   limit = -1.0
-  if config.start:
+  if config.start.endswith(cmt_released.SUFFIX):
+    params = cmt_released.load(
+      config.start, config.method, base.model, base.weights
+    )
+  elif config.start:
     place = cmt_files.find(config.start)
     limit = cmt_files.describe(place).min_match
     params = cmt_files.load(place, base.model, base.weights, base.name)

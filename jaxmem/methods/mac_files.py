@@ -12,9 +12,10 @@ dict of its code (jihoontack/MAC) without the language model:
   token_SA.mlp_layers.{s}.*                   mac_slots, s = 2 L p + 2 l + c
 
 MBC (Thomkat/MBC) has these too; what it adds is in `mbc_files`. Its code and
-MAC's publish torch pickles (.pt), which can run code when they are opened and
-are never read: load them where you trust them, leave out the names under
-base_lm, and write the rest with safetensors.torch.save_file.
+MAC's write torch pickles (.pt), which can run code when they are opened and are
+never read: load them where you trust them, and write the tensors of
+`state_dict` (of MBC those of `lora_state_dict` with them, in one file), each
+copied, with safetensors.torch.save_file.
 """
 
 import math
@@ -104,6 +105,24 @@ def read(
   """
   file = pathlib.Path(file)
   tensors = tensor_files.open_file(file)
+  return from_tensors(file, tensors, model, documents, questions, heads=heads)
+
+
+def from_tensors(
+  file: pathlib.Path,
+  tensors: Mapping[str, tensor_files.Tensor],
+  model: ModelConfig,
+  documents: EncoderDecoderConfig,
+  questions: EncoderDecoderConfig,
+  *,
+  heads: int = 8,
+) -> dict[str, Any]:
+  """Read MAC's parameters from opened tensors; see `read`.
+
+  Args:
+    file: that they are in, for messages.
+  """
+  tensors = dict(tensors)
   flat: dict[str, Any] = {}
   for part, config in (("compressor", documents), ("question", questions)):
     own = {

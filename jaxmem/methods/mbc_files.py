@@ -1,13 +1,14 @@
-"""What MBC adds to MAC's parameters, to and from safetensors files.
+"""MBC's published parameters: MAC's, see `mac_files`, and what it adds.
 
-Its code (Thomkat/MBC) names them
+Its code (Thomkat/MBC) names that
 
   vq.embedding.weight [V, D], vq.ema_cluster_size [V]
   base_lm.{projection}.lora_A.weight [A, D] and lora_B.weight [out, A]
 
 where the projections are those of keys and values, in the last layers. GPT-2
 has one for both, whose queries (the first third of its columns) are left alone:
-there out is 2 D.
+there out is 2 D. `read` takes all of one file; what it adds is read and written
+also by itself.
 """
 
 import pathlib
@@ -19,10 +20,49 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmem.memory import quantizer
+from jaxmem.methods import mac_files
 from jaxmem.methods.mac_files import compare, save, whole
 from jaxmem.models import adapters as adapter_files
 from jaxmem.models import tensor_files
 from jaxmem.models.config import ModelConfig
+from jaxmem.models.encoder_decoder_config import EncoderDecoderConfig
+
+Tensors = Mapping[str, tensor_files.Tensor]
+
+
+def read(
+  file: str | pathlib.Path,
+  model: ModelConfig,
+  documents: EncoderDecoderConfig,
+  questions: EncoderDecoderConfig,
+  *,
+  heads: int = 8,
+  alpha: float | int = 64,
+) -> dict[str, Any]:
+  """Read all of MBC's parameters.
+
+  Args:
+    model, documents, questions, heads: see `mac_files.read`.
+    alpha: see `read_kv_lora`.
+
+  Returns: MAC's tree with "quantizer" and "kv_lora", float32.
+
+  Raises:
+    ValueError: see `mac_files.read`.
+  """
+  file = pathlib.Path(file)
+  mac, codes, lora = {}, {}, {}
+  for name, tensor in tensor_files.open_file(file).items():
+    part = codes if name.startswith("vq.") else mac
+    part = lora if name.startswith("base_lm.") else part
+    part[name] = tensor
+  tree = mac_files.from_tensors(
+    file, mac, model, documents, questions, heads=heads
+  )
+  return tree | {
+    "quantizer": _quantizer(file, codes)[0],
+    "kv_lora": _kv_lora(file, lora, model, alpha),
+  }
 
 
 def read_quantizer(
@@ -35,7 +75,10 @@ def read_quantizer(
       misshapen, all of which are listed.
   """
   file = pathlib.Path(file)
-  tensors = tensor_files.open_file(file)
+  return _quantizer(file, tensor_files.open_file(file))
+
+
+def _quantizer(file: pathlib.Path, tensors: Tensors):
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   number, width = (*shapes.get("vq.embedding.weight", ()), 0, 0)[:2]
   compare(file, shapes, _vq_shapes(number, width))
@@ -73,7 +116,10 @@ def read_kv_lora(
     ValueError: as `read_quantizer`; a layer is adapted in all projections.
   """
   file = pathlib.Path(file)
-  tensors = tensor_files.open_file(file)
+  return _kv_lora(file, tensor_files.open_file(file), model, alpha)
+
+
+def _kv_lora(file: pathlib.Path, tensors: Tensors, model, alpha):
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   wanted, adapted = {}, []
   rank = next(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmem.data.memory_rows import Texts
 from jaxmem.memory import aggregator, bank, retriever
 from jaxmem.methods import cmt, cmt_learner, cmt_loss, cmt_params, cmt_settings
 from jaxmem.methods.cmt_settings import Settings
@@ -168,6 +169,24 @@ def test_a_text_told_from_its_memory_alone():
   np.testing.assert_allclose(
     found["text"], np.asarray(nats(texts))[shown].mean(), rtol=1e-4
   )
+
+
+def test_gpt2_has_one_projection_to_adapt():
+  config = tiny.FAMILIES["gpt2"]
+  base = tiny.params(config)
+  model = model_of(lora_targets=("c_attn",))._replace(config=config)
+  params = cmt_params.init(model, base, rng=jax.random.key(0))
+  adapter = params["compressor"]["adapters"]["attn"]["c_attn"]
+  drawn = _draw(0, *adapter["lora_B"].shape)
+  moved = {"attn": {"c_attn": adapter | {"lora_B": drawn}}}
+  moved = params | {"compressor": params["compressor"] | {"adapters": moved}}
+  ids = jnp.arange(3, 8, dtype=jnp.int32)[None]
+  texts = Texts(ids, jnp.ones_like(ids, bool))
+  found = [cmt.compress(model, base, x, texts) for x in (params, moved)]
+  assert np.abs(found[0] - found[1]).max() > 1e-3
+  model = model_of()._replace(config=config)
+  with pytest.raises(ValueError, match="c_attn"):
+    cmt_params.init(model, base, rng=jax.random.key(0))
 
 
 def test_t5s_have_a_rate_of_their_own():
