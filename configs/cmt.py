@@ -208,11 +208,14 @@ def _eval() -> ConfigDict:
         "shuffled",
         "no memory",
       ),
+      # A text that is in the bank is not written again; MAC and MBC do.
+      "deduplicate": True,
       "policy": "none",  # of a full bank: fifo, random_prune, ..
       "capacity": 0,  # slots of the bank; 0: the stream's documents
       "bank_dtype": "float32",  # of the memories kept; or bfloat16
       "decode": "beam3",  # or greedy, diverse12x4 (MAC)
       "max_new_tokens": 16,  # MAC
+      "max_question_tokens": 256,  # the last ones; MAC
       "batch_size": 64,
     }
   )

@@ -125,7 +125,18 @@ def get_config(arg: str = "") -> ConfigDict:
   config.prompt = _prompt()
   # Trained weights: those that come with the package, or directories that
   # experiments.cmt exported.
-  config.banks = ConfigDict({"cmt": "cmt", "mac": "mac", "mbc": "mbc"})
+  config.banks = ConfigDict(
+    {
+      "cmt": "cmt",
+      "mac": "mac",
+      "mbc": "mbc",
+      "dtype": "float32",  # of the memories kept; or bfloat16
+      "capacity": 0,  # slots; 0: what the stream needs
+      "policy": "none",  # of a full bank: fifo, random_prune, ..
+    }
+  )
+  # T5s that these weights were trained with, if any: directories or hub ids.
+  config.t5 = ConfigDict({"documents": "", "questions": ""})
   config.min_match = placeholder(
     float
   )  # as configs/cmt.py; None: the weights' own
@@ -175,6 +186,10 @@ def _enlarge(config: ConfigDict) -> None:
   """Llama-2-7B on StreamingQA; the papers' values."""
   config.model = "meta-llama/Llama-2-7b-hf"
   config.min_match = -1.0
+  config.banks.dtype = "bfloat16"
+  config.t5.update(
+    {"documents": "google-t5/t5-large", "questions": "google-t5/t5-base"}
+  )
   config.base_dtype = "bfloat16"
   config.data.update(
     {

@@ -21,7 +21,8 @@ correct.json (each question, for paired tests) and the trained weights. A
 restart goes on from the last checkpoint. With `select.score`, the weights are
 those that answer a validation stream best. With `start`, which is a directory
 of such weights or, for MAC and MBC, a state dict of their own code
-(`cmt_released.py`), and `order` empty, nothing is trained.
+(`cmt_released.py`), and `order` empty, nothing is trained; such a state dict is
+written to memory/ too, which `experiments.compare` takes.
 """
 
 import json
@@ -94,6 +95,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
       return
     record |= trained.record | {"tokens": cmt_train.num_tokens(stages)}
     params, limit = export(exp, trained.state.params, record)
+  elif config.start.endswith(cmt_released.SUFFIX):
+    params, limit = export(exp, params, {})
   record["min_match"] = limit
   results = ask(exp, stream, params, limit)
   if results is not None:
@@ -233,6 +236,8 @@ def write_results(exp, stream, results, record) -> None:
   result = cmt_streams.headline(results, rung) | record
   result |= {"seed": config.seed, "method": config.method}
   result |= {"base": exp.base.name, "documents": len(stream.documents)}
+  costs = next(iter(results.values())).costs  # all rungs ask one bank
+  result["bank"] = {k: costs[k] for k in ("bytes", *cmt_streams.HELD)}
   if stream.note:
     result["note"] = stream.note
   ladder = {name: found._asdict() for name, found in results.items()}

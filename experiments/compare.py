@@ -14,12 +14,13 @@ Learners: closed_book (reads nothing); gold, in_context, window, bm25, bm25_1
 salient, tfidf (one step of all weights on each document, at a rate tuned on
 another stream, `methods/finetune_learners.py`); camels (the same, its tokens
 weighed by a network that is trained before, `methods/camels.py`); cmt, mac, mbc
-(a bank, with the trained weights of `config.banks`, `methods/cmt_learner.py`),
-and other ways to ask it: cmt_4 and cmt_all (the best 4, all), _own (the
-question's document), cmt_random, cmt_shuffled (another document); memoryllm,
-mplus (a pool of rows in every layer, with the checkpoints of `config.memories`,
-`methods/mplus_learner.py`), and mplus_own, mplus_random (of the long-term store
-the rows of the question's document first, or any).
+(a bank, with the trained weights of `config.banks`, `methods/cmt_learner.py`:
+cmt draws on the best 16, mac and mbc on all), and other ways to ask it: cmt_4,
+cmt_all, mac_16, mbc_16 (the best 4, all, the best 16), and of each _own (the
+question's document), _random (16 of them), _shuffled (another document);
+memoryllm, mplus (a pool of rows in every layer, with the checkpoints of
+`config.memories`, `methods/mplus_learner.py`), and mplus_own, mplus_random (of
+the long-term store the rows of the question's document first, or any).
 
 Writes for each learner LEARNER.json in results/, retention/, noise/ and sizes/
 as soon as it is done: a restart, or a run with more learners, goes on there.
@@ -86,9 +87,15 @@ LEARNERS: dict[str, Callable[[ConfigDict, Base, Stream], Made | None]] = {
   "cmt_random": banked("cmt_random", "cmt", score="random"),
   "cmt_shuffled": banked("cmt_shuffled", "cmt", retrieved=1, score="shuffled"),
   "mac": banked("mac", "mac"),
+  "mac_16": banked("mac_16", "mac", retrieved=16),
   "mac_own": banked("mac_own", "mac", retrieved=1, score="oracle"),
+  "mac_random": banked("mac_random", "mac", retrieved=16, score="random"),
+  "mac_shuffled": banked("mac_shuffled", "mac", retrieved=1, score="shuffled"),
   "mbc": banked("mbc", "mbc"),
+  "mbc_16": banked("mbc_16", "mbc", retrieved=16),
   "mbc_own": banked("mbc_own", "mbc", retrieved=1, score="oracle"),
+  "mbc_random": banked("mbc_random", "mbc", retrieved=16, score="random"),
+  "mbc_shuffled": banked("mbc_shuffled", "mbc", retrieved=1, score="shuffled"),
   "memoryllm": remembered("memoryllm", "memoryllm"),
   "mplus": remembered("mplus", "mplus"),
   "mplus_own": remembered("mplus_own", "mplus", retrieval="oracle"),
@@ -113,8 +120,9 @@ def run(config: ConfigDict, workdir: pathlib.Path, stop: launch.Stop) -> None:
     compare_camels.make_settings(config)
   stream = cmt_streams.load(config, workdir)  # whose faults are found first
   base = setup.load_base(config, workdir, stop)
-  compare_banks.check(config, base, unfinished(config, workdir, names))
-  exp = Experiment(config, workdir, base, setup.fit(config, base, stream))
+  stream = setup.fit(config, base, stream)
+  compare_banks.check(config, base, stream, unfinished(config, workdir, names))
+  exp = Experiment(config, workdir, base, stream)
   done: dict[str, dict[str, Any]] = {}
   for number, name in enumerate(names, 1):
     _log.info("[%d/%d] %s", number, len(names), name)

@@ -1,7 +1,7 @@
 """Documents and questions as a bank's learner reads them, made on the host."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,10 +105,26 @@ class Reading:
         f"keyed=False keeps nothing to choose retrieved={self.retrieved} "
         "documents by: set one of them otherwise"
       )
+    if self.policy == "nn_average" and not self.keyed:
+      raise ValueError(
+        "keyed=False keeps nothing to find the nearest of policy=nn_average "
+        "by: set one of them otherwise"
+      )
     if self.score != "match" and not self.retrieved:
       raise ValueError(
         f"score={self.score} chooses documents: set retrieved to 1 or more"
       )
+
+
+def needs_keys(given: Mapping[str, Any], score_weight: float | int) -> bool:
+  """Whether a bank needs keys: to choose documents by, or to weigh them.
+
+  Args:
+    given: fields of `Reading`.
+    score_weight: of the settings.
+  """
+  nearest = given["policy"] == "nn_average"
+  return bool(given["retrieved"] or score_weight or nearest)
 
 
 def document_tokens(

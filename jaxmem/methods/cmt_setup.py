@@ -10,13 +10,12 @@ from ml_collections import ConfigDict
 from jaxmem.data import memory_rows
 from jaxmem.memory import bank
 from jaxmem.methods import base as base_model
-from jaxmem.methods import cmt, cmt_train, mac, mbc
-from jaxmem.methods.cmt_batches import Reading
+from jaxmem.methods import cmt, cmt_t5, cmt_train, mac, mbc
+from jaxmem.methods.cmt_batches import Reading, needs_keys
 from jaxmem.methods.cmt_settings import Settings
 from jaxmem.methods.prompt_learners import decoding
 from jaxmem.methods.remix import check
-from jaxmem.models import decoder, huggingface
-from jaxmem.models.encoder_decoder_config import EncoderDecoderConfig
+from jaxmem.models import decoder
 from jaxmem.models.fingerprint import fingerprint
 from jaxmem.training import optimizer, parallel
 
@@ -209,7 +208,7 @@ def load_base(config: ConfigDict) -> Base:
     )
   t5, asking = None, (found.tokenizer, found.tokenizer)
   if settings.compressor == "t5":
-    configs, t5, asking = _load_t5(config)
+    configs, t5, asking = cmt_t5.load(config.t5)
     model = model._replace(document_t5=configs[0], question_t5=configs[1])
   return Base(
     model=model,
@@ -221,27 +220,6 @@ def load_base(config: ConfigDict) -> Base:
     t5=t5,
     asking=asking,
   )
-
-
-def _load_t5(config):
-  """Configs, weights and tokenizers of the T5s that MAC starts from."""
-  configs, weights, tokenizers = [], [], []
-  for name in ("documents", "questions"):
-    path = config.t5[name]
-    if not path:
-      raise ValueError(
-        f"memory.compressor is t5: give config.t5.{name}, a T5's directory or "
-        "hub id, or set memory.compressor=lm_lora"
-      )
-    found, params = huggingface.load(path, dtype=jnp.float32)
-    if not isinstance(found, EncoderDecoderConfig):
-      raise ValueError(
-        f"config.t5.{name}={path} is no T5: give a directory or hub id of one"
-      )
-    configs.append(found)
-    weights.append(params)
-    tokenizers.append(huggingface.load_tokenizer(path))
-  return configs, tuple(weights), tuple(tokenizers)
 
 
 def make_reading(
@@ -284,15 +262,17 @@ def make_reading(
     "min_match": limit if retrieved(config) else -1.0,
     "dtype": asked.bank_dtype,
     "policy": asked.policy,
+    "deduplicate": asked.deduplicate,
     "batch_size": asked.batch_size,
     "max_document_tokens": data.document_tokens,
     "long_documents": data.long_documents,
     "max_pieces": data.max_pieces,
+    "max_question_tokens": asked.max_question_tokens,
     "chat": data.chat,
   }
   given |= changes
   weighs = own_settings(config).get("score_weight", 0)
-  given["keyed"] = bool(given["retrieved"] or weighs)
+  given["keyed"] = needs_keys(given, weighs)
   return Reading(**given)
 
 

@@ -33,6 +33,10 @@ HEADLINE = {
   "known_alone": ("no memory", "known", "em"),
   "closed_book": ("no memory", "all", "em"),
 }
+HELD = (  # of a bank, beside its bytes
+  "capacity", "fill", "documents", "duplicates",
+  "age_mean", "age_max",
+)  # fmt: skip
 _log = logging.getLogger(__name__)
 
 
@@ -175,7 +179,7 @@ def climb(
   Args:
     learners: by name; they differ in how they answer, not in what they keep.
 
-  Returns: None when stopped.
+  Returns: None when stopped. Costs have what the bank holds with them.
   """
   hooks = streams.Hooks(
     decode=lambda ids: base.tokenizer.decode(ids, skip_special_tokens=True),
@@ -191,8 +195,19 @@ def climb(
     asked = streams.ask(learner, done.state, stream.questions, hooks)
     if asked is None:
       return None
-    out[name] = streams.result(learner, stream, done, *asked)
+    found = streams.result(learner, stream, done, *asked)
+    out[name] = found._replace(costs=found.costs | held(done.state))
   return out
+
+
+def held(state: bank.Bank) -> dict[str, float | int]:
+  """What a bank holds, of `bank.statistics`; ages are in documents written."""
+  found = bank.statistics(state)
+  return {
+    name: float(value) if name == "age_mean" else int(value)
+    for name, value in found._asdict().items()
+    if name in HELD
+  }
 
 
 def headline(

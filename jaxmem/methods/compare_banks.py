@@ -1,16 +1,18 @@
 """Trained CMT, MAC and MBC among the learners that are compared."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from jaxmem.data.streams import Stream
 from jaxmem.memory import bank
-from jaxmem.methods import cmt, cmt_files, cmt_learner
-from jaxmem.methods.cmt_batches import Reading
+from jaxmem.methods import cmt, cmt_files, cmt_learner, cmt_t5
+from jaxmem.methods.cmt_batches import Reading, needs_keys
 from jaxmem.methods.compare_setup import Base, Made, most_documents
 from jaxmem.training.learners import compile_learner
 
@@ -32,50 +34,94 @@ def banked(
   def build(config: ConfigDict, base: Base, stream: Stream) -> Made:
     directory, saved = _described(config, method)
     loaded = base.reader.loaded
-    model = cmt.Model(loaded.config, saved.settings)
+    model, asking = _model(config, base, saved)
     params = cmt_files.load(directory, model, loaded.weights, base.name)
-    capacity = bank.next_capacity(most_documents(config, base, stream))
-    limit = config.min_match
-    limit = saved.min_match if limit is None else limit
-    matched = method == CMT and changes.get("score", "match") == "match"
-    matched = matched and changes.get("retrieved", RETRIEVED)
-    given = {
-      "capacity": capacity,
-      "min_match": limit if matched else -1.0,
-      "decode": base.reader.decode,
-      "retrieved": 0 if method in (MAC, MBC) else RETRIEVED,
-      "batch_size": base.reader.batch_size,
-      "max_document_tokens": config.data.document_tokens,
-      "max_question_tokens": config.ask.max_question_tokens,
-      "chat": config.data.chat,
-    }
-    given |= changes
-    given["retrieved"] = min(given["retrieved"], capacity)
-    given["keyed"] = bool(given["retrieved"] or saved.settings.score_weight)
     learner = cmt_learner.make_learner(
       name,
       model,
       cmt_learner.Weights(loaded.weights, params),
-      Reading(**given),
+      _reading(config, base, saved, _capacity(config, base, stream), changes),
       loaded.tokenizer,
+      asking=asking,
     )
     return Made(compile_learner(learner, loaded.mesh), _tokens(directory))
 
   return build
 
 
-def check(config: ConfigDict, base: Base, names: Sequence[str]) -> None:
-  """See that the weights of all learners are there, before the first one runs.
+def _model(config, base, saved):
+  """The model with the weights' settings, and the compressors' tokenizers."""
+  model = cmt.Model(base.reader.loaded.config, saved.settings)
+  if saved.settings.compressor != "t5":
+    return model, None
+  (documents, questions), _, asking = cmt_t5.load(config.t5, weights=False)
+  return model._replace(document_t5=documents, question_t5=questions), asking
+
+
+def _capacity(config, base, stream) -> int:
+  """Slots of a bank; ValueError where they are too few."""
+  needed = most_documents(config, base, stream)
+  capacity = config.banks.capacity or bank.next_capacity(needed)
+  if capacity < needed and config.banks.policy == "none":
+    raise ValueError(
+      f"banks.capacity is {capacity}, and up to {needed} documents are read: "
+      "raise it, or say with banks.policy what a full bank does "
+      f"({', '.join(bank.POLICIES[1:])})"
+    )
+  return capacity
+
+
+def _reading(config, base, saved, capacity, changes) -> Reading:
+  """How a bank of the method's is filled and asked."""
+  limit = config.min_match
+  limit = saved.min_match if limit is None else limit
+  matched = saved.method == CMT and changes.get("score", "match") == "match"
+  matched = matched and changes.get("retrieved", RETRIEVED)
+  given = {
+    "capacity": capacity,
+    "policy": config.banks.policy,
+    "dtype": config.banks.dtype,
+    "min_match": limit if matched else -1.0,
+    "decode": base.reader.decode,
+    "retrieved": 0 if saved.method in (MAC, MBC) else RETRIEVED,
+    "batch_size": base.reader.batch_size,
+    "max_document_tokens": config.data.document_tokens,
+    "max_question_tokens": config.ask.max_question_tokens,
+    "chat": config.data.chat,
+  }
+  given |= changes
+  given["retrieved"] = min(given["retrieved"], capacity)
+  given["keyed"] = needs_keys(given, saved.settings.score_weight)
+  return Reading(**given)
+
+
+def check(
+  config: ConfigDict, base: Base, stream: Stream, names: Sequence[str]
+) -> None:
+  """See that all learners can be made, before the first one runs.
 
   Args:
     names: of learners that will run, which begin with the method's.
 
   Raises:
-    ValueError: weights that are missing, of another method or of another model.
+    ValueError: weights that are missing, of another method or of another model,
+      T5s that are missing, or a bank that cannot be as the config says.
   """
-  for method in dict.fromkeys(name.split("_")[0] for name in names):
-    if method in (CMT, MAC, MBC):
-      cmt_files.check_base(*_described(config, method), base.name)
+  methods = dict.fromkeys(name.split("_")[0] for name in names)
+  methods = [method for method in methods if method in (CMT, MAC, MBC)]
+  capacity = len(stream.documents)
+  if methods and config.banks.capacity:
+    capacity = _capacity(config, base, stream)
+  for method in methods:
+    directory, saved = _described(config, method)
+    cmt_files.check_base(directory, saved, base.name)
+    model, _ = _model(config, base, saved)
+    reading = _reading(config, base, saved, capacity, {})
+    empty = functools.partial(cmt_learner.empty_bank, model, reading)
+    bank.check_policy(
+      jax.eval_shape(lambda empty=empty: empty(rng=jax.random.key(0))),
+      reading.policy,
+    )
 
 
 def _described(config, method) -> tuple[pathlib.Path, cmt_files.Saved]:
@@ -86,11 +132,6 @@ def _described(config, method) -> tuple[pathlib.Path, cmt_files.Saved]:
     raise ValueError(
       f"banks.{method}={directory} holds weights of {saved.method}: give a "
       f"run of experiments.cmt with --config.method={method}"
-    )
-  if saved.settings.compressor == "t5":
-    raise ValueError(
-      f"banks.{method}={directory} has T5s as compressors, which compare "
-      "does not load; use experiments.cmt for them"
     )
   return directory, saved
 

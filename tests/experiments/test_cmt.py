@@ -12,6 +12,7 @@ from experiments import cmt as experiment
 from experiments import cmt_ladders
 from jaxmem import config as configs
 from jaxmem.data import world
+from jaxmem.memory import bank
 from jaxmem.methods import (
   cmt_setup,
   cmt_streams,
@@ -141,6 +142,10 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
   assert result["steps"] == 4 and result["documents"] == 1
   assert 0 <= result["top"] <= 100 and "pipeline check" in result["note"]
   assert result["parameters"]["total"] > 100
+  held = result["bank"]
+  assert (held["fill"], held["documents"], held["duplicates"]) == (1, 1, 0)
+  assert held["capacity"] == 1 and held["bytes"] > 2 * 8 * 4
+  assert held["age_mean"] == held["age_max"] == 0
   history = tmp_path / "whole" / "selection" / "selection.json"
   scores = dict(json.loads(history.read_text()))
   assert list(scores) == [2, 4] and all(0 <= s <= 100 for s in scores.values())
@@ -286,8 +291,37 @@ def test_a_ladder_shares_one_bank():
   assert not found["all"].keyed and found["all"].capacity == 20
   configs.apply(config, {"eval.ladder": "('all', 'top-16')"})
   assert all(reading.keyed for reading in cmt_setup.ladder(config, 10).values())
+  configs.apply(
+    config, {"eval.ladder": "('all',)", "eval.policy": "nn_average"}
+  )
+  assert cmt_setup.ladder(config, 10)["all"].keyed, "to find the nearest by"
   configs.apply(config, {"method": "cmt", "eval.ladder": "('configured',)"})
   assert cmt_setup.ladder(config, 10)["configured"].retrieved == 16
+
+
+def test_how_documents_and_questions_are_read_is_configured():
+  config = configs.load("configs/cmt.py:tiny")
+  reading = cmt_setup.make_reading(config, 10)
+  assert reading.deduplicate and reading.max_question_tokens == 256
+  changes = {"eval.deduplicate": False, "eval.max_question_tokens": 3}
+  reading = cmt_setup.make_reading(configs.apply(config, changes), 10)
+  assert not reading.deduplicate and reading.max_question_tokens == 3
+  configs.apply(config, {"eval.max_question_tokens": 0})
+  with pytest.raises(ValueError, match="max_question_tokens is 0"):
+    cmt_setup.make_reading(config, 10)
+
+
+def test_what_a_bank_holds():
+  state = bank.empty(4, (2,), 2, dtype=jnp.float32, rng=jax.random.key(0))
+  digests = jnp.array([[1, 1], [2, 2], [1, 1]], jnp.uint32)
+  state = bank.write(
+    state, jnp.ones((3, 2)), jnp.ones((3, 2)), jnp.arange(3), digests,
+    jnp.ones(3, bool),
+  )  # fmt: skip
+  assert cmt_streams.held(state) == {
+    "capacity": 4, "fill": 2, "documents": 2, "duplicates": 1,
+    "age_mean": 0.5, "age_max": 1,
+  }  # fmt: skip
 
 
 def test_a_frozen_aggregator_stays():

@@ -4,14 +4,19 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import compare, runs, sweep
 from jaxmem import config as configs
 from jaxmem.data.streams import Document, Question, Stream
 from jaxmem.methods import (
+  cmt,
+  cmt_files,
+  cmt_params,
   compare_setup,
   finetune_learners,
+  mac,
   memoryllm,
   mplus,
   mplus_config,
@@ -19,7 +24,9 @@ from jaxmem.methods import (
   mplus_params,
   mplus_state,
 )
-from jaxmem.models import huggingface
+from jaxmem.models import encoder_decoder, huggingface
+from jaxmem.models.encoder_decoder_config import EncoderDecoderConfig
+from jaxmem.models.fingerprint import fingerprint
 from jaxmem.training.logging import read_metrics
 from tests.experiments.conftest import StopAfter
 
@@ -269,6 +276,79 @@ def test_checkpoints_that_do_not_go(model_dir, memories, tmp_path):
     run(model_dir, tmp_path, **ours)
 
 
+@pytest.fixture(scope="module")
+def t5_bank(model_dir, tmp_path_factory):
+  """MAC with T5s on the model's weights, and the directories of the T5s."""
+  folder = tmp_path_factory.mktemp("mac")
+  config, frozen = huggingface.load(model_dir)
+  t5 = EncoderDecoderConfig(1728, 6, 1, 1, 2, 3, 8, relative_buckets=4)
+  weights = encoder_decoder.init(t5, jax.random.key(0))
+  for name in ("documents", "questions"):
+    huggingface.save(
+      folder / name, t5, weights, tokenizer_from=model_dir
+    )  # fmt: skip
+  settings = mac.settings(
+    tokens=2, blocks=1, heads=2, head_dim=4, injector_hidden=4
+  )
+  model = cmt.Model(config, settings, t5, t5)
+  params = cmt_params.init(model, frozen, rng=jax.random.key(1))
+  cast = jax.tree.map(jnp.asarray, frozen)
+  saved = cmt_files.Saved("mac", settings, fingerprint(cast))
+  cmt_files.save(folder / "memory", saved, params, record={"tokens": 5})
+  return {
+    "banks.mac": str(folder / "memory"),
+    "t5.documents": str(folder / "documents"),
+    "t5.questions": str(folder / "questions"),
+  }
+
+
+ONE_PART = {
+  "sizes.documents": "()", "noise.percents": "()", "retention.step": 9,
+  "ask.max_new_tokens": 1,
+}  # fmt: skip
+
+
+def test_macs_with_t5s_are_compared(model_dir, t5_bank, tmp_path):
+  capped = {
+    "banks.capacity": 4, "banks.policy": "fifo", "banks.dtype": "bfloat16",
+    "learners": "mac,mac_shuffled",
+  }  # fmt: skip
+  run(model_dir, tmp_path, **ONE_PART, **t5_bank, **capped)
+  result = files(tmp_path)["result.json"]
+  for name in ("mac", "mac_shuffled"):
+    assert result[name]["all/count"] == 6
+    assert result[name]["offline_tokens"] == 5
+  # Four slots of two vectors of eight bfloat16 and 21 bytes of bookkeeping,
+  # over six documents; a key of eight floats where documents are chosen.
+  assert result["mac"]["bytes_per_document"] * 6 == 4 * (2 * 8 * 2 + 21)
+  assert result["mac_shuffled"]["bytes_per_document"] * 6 == 4 * (
+    2 * 8 * 2 + 21 + 8 * 4
+  )
+  assert result["mac_shuffled"]["drawn_on"] == 1
+
+
+def test_banks_that_do_not_go(model_dir, t5_bank, tmp_path):
+  def refused(message, **changes):
+    with pytest.raises(ValueError, match=message):
+      run(model_dir, tmp_path, learners="closed_book,mac_16",
+          **t5_bank | changes)  # fmt: skip
+
+  refused("give config.t5.questions", **{"t5.questions": ""})
+  refused("is no T5", **{"t5.documents": str(model_dir)})
+  refused("banks.capacity is 4, and up to 9 documents", **{"banks.capacity": 4})
+  refused("policy is 'lru'", **{"banks.policy": "lru"})
+  refused("dtype is 'int8'", **{"banks.dtype": "int8"})
+  assert not (tmp_path / "results").exists(), "before the first one runs"
+
+
+def test_the_ways_to_ask_a_bank():
+  names = set(compare.LEARNERS)
+  ways = {"", "_16", "_own", "_random", "_shuffled"}
+  for method in ("mac", "mbc"):
+    assert {f"{method}{way}" for way in ways} <= names
+  assert {"cmt_4", "cmt_all", "cmt_own", "cmt_random", "cmt_shuffled"} <= names
+
+
 def test_noise_of_every_kind(model_dir, tmp_path):
   config = make_config(model_dir, **{"noise.source": "prose"})
   base = compare_setup.load_base(config, tmp_path, never)
@@ -327,13 +407,16 @@ def test_every_config_goes_together(name):
 def test_every_value_of_the_config_is_read():
   names = "compare_setup", "compare_banks", "compare_camels"
   names += ("compare_memories",)
-  names += "cmt_streams", "base"
+  names += "cmt_streams", "cmt_t5", "base"
   paths = [pathlib.Path("jaxmem/methods") / f"{name}.py" for name in names]
   paths.append(pathlib.Path("experiments/compare.py"))
   code = "\n".join(path.read_text() for path in paths)
-  assert "config.banks[" in code and "config.memories[" in code
+  for group in ("banks", "memories", "t5"):
+    assert f"config.{group}" in code
+  assert "paths[name]" in code and '"documents", "questions"' in code
   for name in configs.flatten(configs.load(CONFIG)):
-    if name.startswith(("banks.", "memories.")):
+    methods = ("banks.cmt", "banks.mac", "banks.mbc", "memories.", "t5.")
+    if name.startswith(methods):
       continue
     assert f".{name.rpartition('.')[2]}" in code, name
 

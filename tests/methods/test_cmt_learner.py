@@ -327,7 +327,11 @@ def test_bad_documents_and_settings():
     ({"policy": "lru"}, "policy is 'lru'"),
     ({"max_pieces": 2}, "only chunk cuts"),
     ({"dtype": "float8"}, "dtype is 'float8'"),
-    ({"keyed": False}, "keyed=False keeps nothing"),
+    ({"keyed": False}, "keyed=False keeps nothing to choose"),
+    (
+      {"keyed": False, "retrieved": 0, "policy": "nn_average"},
+      "keyed=False keeps nothing to find the nearest",
+    ),
     ({"min_match": 2.0}, "min_match is 2.0"),
     ({"min_match": 0.5, "retrieved": 0}, "set retrieved to 1 or more"),
     ({"score": "random", "retrieved": 0}, "set retrieved to 1 or more"),
