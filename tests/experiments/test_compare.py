@@ -288,7 +288,12 @@ def t5_bank(model_dir, tmp_path_factory):
       folder / name, t5, weights, tokenizer_from=model_dir
     )  # fmt: skip
   settings = mac.settings(
-    tokens=2, blocks=1, heads=2, head_dim=4, injector_hidden=4
+    tokens=2,
+    blocks=1,
+    heads=2,
+    head_dim=4,
+    injector="bottleneck",
+    injector_rank=2,
   )
   model = cmt.Model(config, settings, t5, t5)
   params = cmt_params.init(model, frozen, rng=jax.random.key(1))
