@@ -100,6 +100,21 @@ def _prompt() -> ConfigDict:
   )
 
 
+def _banks() -> ConfigDict:
+  return ConfigDict(
+    {
+      # Trained weights: those that come with the package, or directories that
+      # experiments.cmt exported.
+      "cmt": "cmt",
+      "mac": "mac",
+      "mbc": "mbc",
+      "dtype": "float32",  # of the memories kept; or bfloat16
+      "capacity": 0,  # slots; 0: what the stream needs
+      "policy": "none",  # of a full bank: fifo, random_prune, ..
+    }
+  )
+
+
 def get_config(arg: str = "") -> ConfigDict:
   """Return the config; `arg` is one of NAMES."""
   name = arg or "tiny"
@@ -123,18 +138,7 @@ def get_config(arg: str = "") -> ConfigDict:
     }
   )
   config.prompt = _prompt()
-  # Trained weights: those that come with the package, or directories that
-  # experiments.cmt exported.
-  config.banks = ConfigDict(
-    {
-      "cmt": "cmt",
-      "mac": "mac",
-      "mbc": "mbc",
-      "dtype": "float32",  # of the memories kept; or bfloat16
-      "capacity": 0,  # slots; 0: what the stream needs
-      "policy": "none",  # of a full bank: fifo, random_prune, ..
-    }
-  )
+  config.banks = _banks()
   # T5s that these weights were trained with, if any: directories or hub ids.
   config.t5 = ConfigDict({"documents": "", "questions": ""})
   config.min_match = placeholder(

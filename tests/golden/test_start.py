@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import cmt as experiment
 from jaxmem import config as configs
-from jaxmem.methods import cmt_setup, mac, mac_files
+from jaxmem.methods import cmt_files, cmt_setup, mac, mac_files
 from jaxmem.models import encoder_decoder_config, huggingface, tensor_files
 from tests.golden import mac_set
 
@@ -148,7 +148,8 @@ def test_mbc_answers_from_its_file(files, tmp_path, monkeypatch):
     return ask(exp, stream, params, limit)
 
   monkeypatch.setattr(experiment, "ask", keep)
-  experiment.run(_config(files, "mbc"), tmp_path, _never)
+  config = _config(files, "mbc")
+  experiment.run(config, tmp_path, _never)
   result = json.loads((tmp_path / "result.json").read_text())
   assert result["documents"] == 3 and result["steps"] == 0
   ladder = json.loads((tmp_path / "ladder.json").read_text())
@@ -162,6 +163,11 @@ def test_mbc_answers_from_its_file(files, tmp_path, monkeypatch):
   name = "base_lm.transformer.h.1.attn.c_attn.lora_A.weight"
   np.testing.assert_array_equal(adapter["lora_A"][1, 0].T, stored[name])
   assert adapter["scale"].ravel().tolist() == [2.0, 2.0]
+  # What compare takes.
+  saved = cmt_files.describe(tmp_path / "memory")
+  assert saved == cmt_files.Saved(
+    "mbc", cmt_setup.make_settings(config), result["base"]
+  )
 
 
 @pytest.mark.parametrize(
