@@ -13,7 +13,7 @@ is marked "our reading" has a switch).
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from jaxmem.config import Point, chain, grid
+from jaxmem.config import Point, grid
 
 NAMES = ("smoke", "tiny", "paper")
 
@@ -95,6 +95,11 @@ def _memory() -> ConfigDict:
 
 def _of_method() -> ConfigDict:
   """Fields in which the methods differ; None: what the method has."""
+  mac = {
+    "tokens": 24,
+    "share_question_encoder": False,
+    "injector": "mac_slots",
+  }
   return ConfigDict(
     {
       "cmt": {
@@ -107,19 +112,9 @@ def _of_method() -> ConfigDict:
         "score_weight": 0.0,  # of the match in the attention; the paper: none
         "retrieved": 16,  # documents a question draws on; our reading
       },
-      "mac": {
-        "tokens": 24,
-        "share_question_encoder": False,
-        "injector": "mac_slots",
-      },
-      "mbc": {
-        "tokens": 24,
-        "share_question_encoder": False,
-        "injector": "mac_slots",
-        "num_codes": 512,
-        "kv_lora_rank": 32,
-        "kv_lora_alpha": 64.0,
-      },
+      "mac": mac,
+      "mbc": mac
+      | {"num_codes": 512, "kv_lora_rank": 32, "kv_lora_alpha": 64.0},
     }
   )
 
@@ -400,6 +395,4 @@ def get_config(arg: str = "") -> ConfigDict:
 
 def get_sweep() -> list[Point]:
   """The three methods, three seeds each."""
-  return chain(
-    grid({"method": ("cmt", "mac", "mbc"), "seed": range(3)}),
-  )
+  return grid({"method": ("cmt", "mac", "mbc"), "seed": range(3)})

@@ -104,7 +104,7 @@ def _config(files, name, **changes):
     "t5.questions": str(out / "question"),
     "memory.blocks": mac_sizes["num_cross_attention_blocks"],
     "memory.t5_mask_bug": True,
-    "memory.kv_lora_alpha": float(mbc_sizes["lora_alpha"]),
+    "of_method.mbc.kv_lora_alpha": float(mbc_sizes["lora_alpha"]),
     "of_method.mac.tokens": mac_sizes["num_virtual_tokens"],
     "of_method.mbc.tokens": mac_sizes["num_virtual_tokens"],
     "of_method.mbc.num_codes": mbc_sizes["vq_num_codes"],
