@@ -16,6 +16,7 @@ flags. Nothing here is differentiated.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -66,14 +67,14 @@ class Found(NamedTuple):
 
 
 class Statistics(NamedTuple):
-  """What a store holds."""
+  """What a store holds, or each of B stores."""
 
   capacity: int  # C
-  bytes: int  # of all slots of all layers, free ones too
-  fill: jax.Array  # [L] int32, rows, cached ones too
-  cached: jax.Array  # [L] int32
-  age_max: jax.Array  # [L] int32, 0 if empty
-  lost: jax.Array  # [] int32
+  bytes: int  # of all slots of all layers of one store, free ones too
+  fill: jax.Array  # [*B, L] int32, rows, cached ones too
+  cached: jax.Array  # [*B, L] int32
+  age_max: jax.Array  # [*B, L] int32, 0 if empty
+  lost: jax.Array  # [*B] int32
 
 
 def empty(like: Any, capacity: int, key_width: int) -> Store:
@@ -139,12 +140,12 @@ def fill(
     )
   order = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), age.shape)
   given = Slots(rows, keys, age, order, frequency, valid, jnp.zeros_like(valid))
-  slots = jax.tree.map(
-    lambda leaf, new: leaf.at[:, :width].set(new.astype(leaf.dtype)),
-    store.slots,
-    given,
+  given = jax.tree.map(
+    lambda leaf, new: new.astype(leaf.dtype), store.slots, given
   )
-  return store._replace(slots=slots, arrivals=jnp.int32(width))
+  # Padded, not put into the empty slots: on a mesh that takes neighbours' rows
+  # alone, and compiled there are no empty slots beside.
+  return grow(Store(given, jnp.int32(width), *store[2:]), capacity)
 
 
 def add(
@@ -308,8 +309,7 @@ def retrieve(slots: Slots, scores: Float[Array, "C"], number: int) -> Found:
 
 
 def grow(store: Store, capacity: int) -> Store:
-  """Return the store with more slots; another shape, so call it outside of
-  compiled code.
+  """Return the store with more slots, which is another shape: not in a loop.
 
   Raises:
     ValueError: fewer slots than it has.
@@ -320,27 +320,37 @@ def grow(store: Store, capacity: int) -> Store:
       f"the long-term store has {store.slots.age.shape[1]} slots: it does not "
       f"grow to {capacity}"
     )
-
-  def pad(leaf):
-    return jnp.pad(leaf, ((0, 0), (0, missing), *((0, 0),) * (leaf.ndim - 2)))
-
+  pad = functools.partial(_pad, before=0, behind=missing)
   return store._replace(slots=jax.tree.map(pad, store.slots))
+
+
+def _pad(leaf, before, behind):
+  rest = ((0, 0),) * (leaf.ndim - 2)
+  return jnp.pad(leaf, ((0, 0), (before, behind), *rest))
 
 
 def merge(first: Store, second: Store) -> Store:
   """Join two stores: the slots of both, the second's taken to come later.
 
-  Another shape, so call it outside of compiled code. The first's time of the
-  next flush holds.
+  That is another shape: not in a loop. The first's time of the next flush
+  holds.
 
   Raises:
     ValueError: rows of other shapes.
   """
   _check(first.slots, second.slots.rows, second.slots.keys)
   later = second.slots._replace(order=second.slots.order + first.arrivals)
-  join = functools.partial(jnp.concatenate, axis=1)
+  sizes = first.slots.age.shape[1], later.age.shape[1]
+  place = jnp.arange(sum(sizes))
+
+  def join(one, other):
+    # Concatenated, a mesh's devices would each have all slots for a while.
+    own = place.reshape(-1, *(1,) * (one.ndim - 2)) < sizes[0]
+    one, other = _pad(one, 0, sizes[1]), _pad(other, sizes[0], 0)
+    return jnp.where(own[None], one, other)
+
   return Store(
-    jax.tree.map(lambda *pair: join(pair), first.slots, later),
+    jax.tree.map(join, first.slots, later),
     first.arrivals + second.arrivals,
     first.pending,
     first.lost + second.lost,
@@ -348,14 +358,19 @@ def merge(first: Store, second: Store) -> Store:
 
 
 def statistics(store: Store) -> Statistics:
-  """Count what a store holds; what is of its shapes are plain integers."""
+  """Count what a store holds; what is of its shapes are plain integers.
+
+  Args:
+    store: one, or several with B in front of every leaf.
+  """
   slots = store.slots
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(slots))
   return Statistics(
-    capacity=slots.age.shape[1],
-    bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(slots)),
-    fill=slots.valid.sum(axis=1, dtype=jnp.int32),
-    cached=(slots.valid & slots.cached).sum(axis=1, dtype=jnp.int32),
-    age_max=jnp.where(slots.valid, slots.age, 0).max(axis=1),
+    capacity=slots.age.shape[-1],
+    bytes=size // math.prod(store.lost.shape),
+    fill=slots.valid.sum(axis=-1, dtype=jnp.int32),
+    cached=(slots.valid & slots.cached).sum(axis=-1, dtype=jnp.int32),
+    age_max=jnp.where(slots.valid, slots.age, 0).max(axis=-1),
     lost=store.lost,
   )
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -85,7 +86,14 @@ def save(path: str | os.PathLike, memory: Memory) -> None:
       partial.unlink()
 
 
-def load(path: str | os.PathLike, like: Any, fingerprint: str) -> Memory:
+def load(
+  path: str | os.PathLike,
+  like: Any,
+  fingerprint: str,
+  *,
+  free: Mapping[str, int] | None = None,
+  put: Callable[[np.ndarray], Any] = jnp.asarray,
+) -> Memory:
   """Read what `save` wrote.
 
   Args:
@@ -94,6 +102,9 @@ def load(path: str | os.PathLike, like: Any, fingerprint: str) -> Memory:
       first axis may have another size in the file; leaves for which it is the
       same in `like` must have it the same there.
     fingerprint: of the model and the compressor that will read it.
+    free: axis that may have another size too, the same one in all leaves whose
+      names begin so.
+    put: brings a leaf to its device, but for random keys.
 
   Raises:
     ValueError: no such file, one that is cut off, damaged, or no memory, one of
@@ -107,26 +118,30 @@ def load(path: str | os.PathLike, like: Any, fingerprint: str) -> Memory:
       f"{path}: missing {sorted(set(wanted) - set(tensors))}, unknown "
       f"{sorted(set(tensors) - set(wanted))}; it is a memory of another kind"
     )
-  sizes: dict[int, int] = {}
+  sizes: dict[Any, int] = {}
   for name, leaf in wanted.items():
     ours, given = jax.eval_shape(_plain, leaf), tensors[name]
-    same = ours.dtype == given.dtype and ours.shape[1:] == given.shape[1:]
-    if _is_key(leaf) and not leaf.shape:
-      same = ours.shape == given.shape
-    elif same and ours.shape:
-      first = given.shape[0]
-      same = sizes.setdefault(ours.shape[0], first) == first
-    if not same or ours.ndim != given.ndim:
+    same = ours.dtype == given.dtype and ours.ndim == given.ndim
+    axes = {} if _is_key(leaf) and not leaf.shape else {0: ours.shape[:1]}
+    for start, axis in (free or {}).items():
+      if name.startswith(f"{start}."):
+        axes[axis] = start
+    for axis in range(ours.ndim if same else 0):
+      wanted_size, size = ours.shape[axis], given.shape[axis]
+      if axis in axes:
+        wanted_size = sizes.setdefault(axes[axis], size)
+      same &= size == wanted_size
+    if not same:
       raise ValueError(
         f"{path}: {name} is {given.dtype} {list(given.shape)}, this memory's "
         f"is {ours.dtype} {list(ours.shape)}: only the capacity may differ"
       )
 
   def restore(leaf, name):
-    value = jnp.asarray(tensors[name])
+    value = tensors[name]
     if _is_key(leaf):
       return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-    return value
+    return put(value)
 
   names = jax.tree.unflatten(jax.tree.structure(like), list(wanted))
   return Memory(jax.tree.map(restore, like, names), fingerprint)

@@ -13,6 +13,7 @@ worked out once for a row (its keys and values) moves with it. Gradients pass
 through rows, new and kept.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -39,13 +40,13 @@ class Pool(NamedTuple):
 
 
 class Statistics(NamedTuple):
-  """What a pool holds."""
+  """What a pool holds, or each of B pools."""
 
   capacity: int  # N
-  bytes: int  # of the rows of all layers
-  writes: jax.Array  # [] int32
-  age_mean: jax.Array  # [] float32, in rows written
-  age_max: jax.Array  # [] int32
+  bytes: int  # of the rows of all layers, of one pool
+  writes: jax.Array  # [*B] int32
+  age_mean: jax.Array  # [*B] float32, in rows written
+  age_max: jax.Array  # [*B] int32
 
 
 def start(rows: Any, *, rng: jax.Array) -> Pool:
@@ -244,13 +245,18 @@ def merge(
 
 
 def statistics(pool: Pool) -> Statistics:
-  """Count what a pool holds; what is of its shapes are plain integers."""
+  """Count what a pool holds; what is of its shapes are plain integers.
+
+  Args:
+    pool: one, or several with B in front of every leaf.
+  """
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(pool.rows))
   return Statistics(
-    capacity=pool.age.shape[1],
-    bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(pool.rows)),
+    capacity=pool.age.shape[-1],
+    bytes=size // math.prod(pool.writes.shape),
     writes=pool.writes,
-    age_mean=pool.age.astype(jnp.float32).mean(),
-    age_max=pool.age.max(),
+    age_mean=pool.age.astype(jnp.float32).mean(axis=(-2, -1)),
+    age_max=pool.age.max(axis=(-2, -1)),
   )
 
 

@@ -185,6 +185,10 @@ def test_a_full_store_loses_what_came_first():
   found = long_term.statistics(store)
   assert found.capacity == 5 and found.fill.tolist() == [5, 5]
   assert found.cached.tolist() == [5, 5] and found.lost == 6
+  pair = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), store)
+  both = long_term.statistics(pair)
+  assert (both.capacity, both.bytes) == (5, found.bytes)
+  assert both.fill.tolist() == [[5, 5]] * 2 and both.lost.tolist() == [6, 6]
 
 
 def test_a_write_of_nothing_changes_nothing():

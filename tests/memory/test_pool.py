@@ -153,6 +153,9 @@ def test_statistics():
   found = pool.statistics(state)
   assert (found.capacity, found.bytes) == (N, L * N * 8)
   assert (found.writes, found.age_mean, found.age_max) == (0, 3, 3)
+  found = pool.statistics(jax.tree.map(lambda x: jnp.stack([x, x]), state))
+  assert (found.capacity, found.bytes) == (N, L * N * 8)
+  assert found.writes.shape == (2,) and found.age_max.tolist() == [3, 3]
 
 
 def test_mistakes_are_named():
