@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmem.memory import long_term
 from jaxmem.memory import memory as memory_files
 from jaxmem.memory.memory import Memory
 from jaxmem.methods import (
@@ -55,15 +56,24 @@ class MemoryModel:
   """A language model whose memories are written and asked.
 
   Attributes:
-    loaded: model, weights, and the memory that the checkpoint ships.
+    loaded: model, weights, and the memory that the checkpoint ships, whose
+      long-term store needs no slots beside the rows in it.
     tokenizer: of the model.
+    capacity: long-term slots in each layer of a memory that starts; 0: none.
   """
 
   def __init__(
-    self, loaded: mplus_files.Loaded, tokenizer: Any, mesh: Mesh | None = None
+    self,
+    loaded: mplus_files.Loaded,
+    tokenizer: Any,
+    mesh: Mesh | None = None,
+    capacity: int | None = None,
   ):
     huggingface.check_vocabulary(loaded.model.config, tokenizer)
     self.loaded, self.tokenizer, self._mesh = loaded, tokenizer, mesh
+    self.capacity = mplus_state.capacity_for(
+      loaded.model, loaded.state, capacity, mesh
+    )
     write = functools.partial(mplus.write, loaded.model)
     answer = functools.partial(_answer, loaded.model)
     self._programs = Programs(
@@ -102,8 +112,14 @@ class MemoryModel:
     """
     if memories < 1:
       raise ValueError(f"memories is {memories}; at least 1")
-    rng = jax.random.key(seed)
-    return self._hold(mplus_state.fork(self._shipped, memories, rng=rng))
+    start = functools.partial(self._start, memories)
+    return self._make(start, self._shipped, jax.random.key(seed))
+
+  def _start(self, memories, shipped, rng):
+    if self.capacity:
+      store = long_term.grow(shipped.store, self.capacity)
+      shipped = shipped._replace(store=store)
+    return mplus_state.fork(shipped, memories, rng=rng)
 
   def write(
     self, memory: Memory, texts: str | Sequence[str], at: At = 0
@@ -212,6 +228,67 @@ class MemoryModel:
     ends.add(self.tokenizer.get_vocab()[_TURN_END])
     return dataclasses.replace(settings, eos_ids=tuple(sorted(ends)))
 
+  def fork(
+    self, memory: Memory, number: int, at: int = 0, *, seed: int = 0
+  ) -> Memory:
+    """Copy one memory to `number` memories, which go on apart.
+
+    Args:
+      memory: of B memories.
+      number: of copies; 1 takes one of several.
+      at: which of the B is copied.
+      seed: of the copies' random drops.
+
+    Raises:
+      ValueError: a memory of another model, no copy, or a number that is none.
+    """
+    if number < 1:
+      raise ValueError(f"number is {number}; at least 1")
+    _, (at,) = self._check(memory, [""], at)
+
+    def make(state, rng):
+      one = jax.tree.map(lambda leaf: leaf[at], state)
+      return mplus_state.fork(one, number, rng=rng)
+
+    return self._make(make, memory.arrays, jax.random.key(seed))
+
+  def merge(self, first: Memory, second: Memory) -> Memory:
+    """Join memories in pairs, as if the second were written after the first.
+
+    See `mplus_state.merge`: half of all pool rows stay there, the others go to
+    the long-term store, which has the slots of both and room for these.
+
+    Args:
+      first, second: of B memories each; number i goes with number i.
+
+    Returns: B memories.
+
+    Raises:
+      ValueError: memories of another model, or of other numbers.
+    """
+    for memory in (first, second):
+      memory_files.check(memory, self.fingerprint)
+    counts = [len(memory.arrays.pool.writes) for memory in (first, second)]
+    if counts[0] != counts[1]:
+      raise ValueError(
+        f"{counts[0]} and {counts[1]} memories: give as many of both, by fork"
+      )
+
+    one = functools.partial(
+      mplus_state.merge, self.loaded.model, mesh=self._mesh
+    )
+    make = jax.vmap(one, in_axes=(None, None, 0, 0))
+    return self._make(make, *self._weights, first.arrays, second.arrays)
+
+  def statistics(self, memory: Memory) -> mplus_state.Statistics:
+    """Count what memories hold; arrays of numpy, with B in front.
+
+    Raises:
+      ValueError: a memory of another model.
+    """
+    memory_files.check(memory, self.fingerprint)
+    return jax.device_get(mplus_state.statistics(memory.arrays))
+
   def save(self, memory: Memory, path: str | os.PathLike) -> None:
     """Write memories to a file; see `memory.memory.save`.
 
@@ -222,17 +299,29 @@ class MemoryModel:
     memory_files.save(path, memory)
 
   def restore(self, path: str | os.PathLike) -> Memory:
-    """Read memories that `save` wrote.
+    """Read memories that `save` wrote, as many as there are.
+
+    Their long-term stores have the slots that they had: `start` may give
+    others, and `merge` does.
 
     Raises:
       ValueError: see `memory.memory.load`.
     """
     rng = jax.random.split(jax.random.key(0), 1)
-    like = jax.eval_shape(
-      lambda: mplus_state.fork(self._shipped, 1, rng=rng[0])
-    )
+    start = functools.partial(self._start, 1)
+    like = jax.eval_shape(start, self._shipped, rng[0])
     like = like._replace(pool=like.pool._replace(rng=rng))
-    return self._hold(memory_files.load(path, like, self.fingerprint).arrays)
+    put = jnp.asarray if self._mesh is None else np.asarray
+    free = {"store.slots": 2}
+    memory = memory_files.load(path, like, self.fingerprint, free=free, put=put)
+    return self._hold(memory.arrays)
+
+  def _make(self, make, *args):
+    """Run `make(*args) -> memories` so that nothing is there twice."""
+    if self._mesh is None:
+      return self._hold(parallel.compile_function(make)(*args))
+    rules = mplus_state.partition_rules(several=True)
+    return self._hold(parallel.init_sharded(make, self._mesh, rules, *args))
 
   def _hold(self, state):
     """Put memories where they belong, and name whose they are."""
@@ -272,6 +361,7 @@ def load(
   *,
   dtype: Any = None,
   mesh: Mesh | None = None,
+  capacity: int | None = None,
   **options: Any,
 ) -> MemoryModel:
   """Load MemoryLLM or M+ with its tokenizer, ready to be written and asked.
@@ -280,11 +370,14 @@ def load(
     path_or_hub_id: "mplus", which comes with the package, a local directory, or
       else the id of a model on the hub.
     dtype: None: bfloat16 on accelerators, float32 on a CPU.
-    mesh: spreads weights, and the long-term store over its slots.
-    options: of `mplus_files.load` (capacity, ages, rope_dtype, ..).
+    mesh: spreads weights, and the long-term store over its slots: of that no
+      device ever has more than its part.
+    capacity: long-term slots in each layer of a memory; None: as many as are
+      ever needed. With fewer, the rows that came first are overwritten.
+    options: of `mplus_files.load` (keep_key_value, ages, rope_dtype).
 
   Raises:
-    ValueError: see `mplus_files.load`, or no tokenizer.
+    ValueError: see `mplus_files.load`, no tokenizer, or too few slots.
   """
   if dtype is None:
     on_cpu = jax.default_backend() == "cpu"
@@ -301,6 +394,8 @@ def load(
     rng=jax.random.key(0),
     dtype=dtype,
     shardings=shardings,
+    mesh=mesh,
+    capacity=0,  # each memory has its own slots; here they would be there twice
     **options,
   )
   if mesh is not None:
@@ -308,4 +403,4 @@ def load(
       params=parallel.shard(loaded.params, mesh, parallel.REPLICATE)
     )
   tokenizer = huggingface.load_tokenizer(mplus_files.find(path_or_hub_id))
-  return MemoryModel(loaded, tokenizer, mesh)
+  return MemoryModel(loaded, tokenizer, mesh, capacity)

@@ -43,11 +43,7 @@ def lm(directory):
 
 def test_a_text_is_written_chunk_by_chunk(lm):
   memory = lm.write(lm.start(), TEXTS[0])
-  state = lm.loaded.state._replace(
-    pool=lm.loaded.state.pool._replace(
-      rng=jax.random.split(jax.random.key(0), 1)[0]
-    )
-  )
+  state = jax.tree.map(lambda leaf: leaf[0], lm.start().arrays)
   ids = lm.tokenizer(TEXTS[0])["input_ids"]
   write = jax.jit(mplus.write, static_argnums=0)
   for part in memoryllm.chunks(lm.loaded.model.settings, ids):
@@ -87,6 +83,54 @@ def test_files(lm, tmp_path):
   assert lm.answer(memory, ASK, at=1, settings=FEW) == lm.answer(
     again, ASK, at=1, settings=FEW
   )
+
+
+def test_forks_go_on_apart(lm):
+  both = lm.write(lm.start(2), TEXTS, at=[0, 1])
+  forks = lm.fork(both, 3, at=1, seed=5)
+  rows = forks.arrays.pool.rows.hidden
+  for number in range(3):
+    np.testing.assert_array_equal(rows[number], both.arrays.pool.rows.hidden[1])
+  later = lm.write(forks, [TEXTS[0]] * 2, at=[0, 2]).arrays.pool.rows.hidden
+  np.testing.assert_array_equal(later[1], rows[1])
+  assert (later[0] != later[2]).any()  # other drops
+
+
+def test_what_is_merged_goes_to_a_file(lm, tmp_path):
+  """With the slots that it has, which `start` would not give it."""
+  first, second = lm.write(lm.start(2), TEXTS, at=[0, 1]), lm.start(2, seed=3)
+  merged = lm.merge(first, second)
+  found = lm.statistics(merged)
+  held = [lm.statistics(m).store.fill for m in (first, second)]
+  settings = lm.loaded.model.settings
+  np.testing.assert_array_equal(found.store.fill, sum(held) + 8)
+  assert settings.pool_rows == 8 and found.pool.capacity == 8
+  assert found.store.capacity == 2 * 64 + 8 and (found.store.lost == 0).all()
+  file = tmp_path / "merged.safetensors"
+  lm.save(merged, file)
+  again = lm.restore(file)
+  np.testing.assert_array_equal(
+    again.arrays.store.slots.keys, merged.arrays.store.slots.keys
+  )
+  ask = [ASK, ASK]
+  assert lm.answer(again, ask, at=[0, 1], settings=FEW) == lm.answer(
+    merged, ask, at=[0, 1], settings=FEW
+  )
+
+
+def test_statistics_are_of_each_memory(lm):
+  one, both = lm.start(), lm.write(lm.start(2), TEXTS[0], at=1)
+  alone, found = lm.statistics(one), lm.statistics(both)
+  for name in ("pool", "store"):
+    for field in ("capacity", "bytes"):
+      size = getattr(getattr(alone, name), field)
+      assert getattr(getattr(found, name), field) == size
+  assert found.pool.capacity == 8 and found.store.capacity == 64
+  assert found.pool.writes.tolist() == [0, 1]
+  assert found.store.fill.shape == (2, 2)
+  np.testing.assert_array_equal(found.store.fill[0], alone.store.fill[0])
+  assert (found.store.fill[1] > found.store.fill[0]).all()
+  assert (found.pool.age_max[1] > 0) and found.pool.age_mean.shape == (2,)
 
 
 def test_chat_has_its_format_and_no_bos(lm, monkeypatch):
@@ -130,6 +174,36 @@ def test_the_tokenizer_of_another_model(lm):
     facade.MemoryModel(lm.loaded._replace(model=model), small.tokenizer())
 
 
+def test_no_device_holds_the_whole_store(directory, tmp_path):
+  """Nor does what was loaded have the slots that memories have."""
+  spread = jaxmem.load(directory, capacity=61, mesh=parallel.make_mesh(8))
+  shipped = spread.loaded.state.store
+  assert spread.capacity == 64 and shipped.arrivals == 8
+  started = spread.start(2)
+  merged = spread.merge(started, started)
+  spread.save(merged, tmp_path / "merged")
+  again = spread.restore(tmp_path / "merged")
+  for axis, slots, held in (
+    (1, shipped.slots, 8),
+    (2, started.arrays.store.slots, 64),
+    (2, merged.arrays.store.slots, 136),
+    (2, again.arrays.store.slots, 136),
+  ):
+    for leaf in jax.tree.leaves(slots):
+      assert leaf.shape[axis] == held
+      parts = {part.data.shape[axis] for part in leaf.addressable_shards}
+      assert parts == {held // 8}
+  alone = jaxmem.load(directory, capacity=64)
+  assert alone.loaded.state.store.slots.age.shape[1] == 8
+  jax.tree.map(
+    lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
+    started.arrays.store,
+    alone.start(2).arrays.store,
+  )
+  with pytest.raises(ValueError, match="capacity is 7; .* ships 8 rows"):
+    jaxmem.load(directory, capacity=7)
+
+
 def test_mistakes_are_named(lm):
   memory = lm.start()
   stranger = type(memory)(memory.arrays, "another")
@@ -147,6 +221,12 @@ def test_mistakes_are_named(lm):
       "and the model has 64 positions",
     ),
     (lambda: lm.start(0), "memories is 0"),
+    (lambda: lm.fork(memory, 0), "number is 0"),
+    (lambda: lm.fork(memory, 1, at=1), "0 to 0"),
+    (lambda: lm.fork(stranger, 1), "'another'"),
+    (lambda: lm.merge(memory, lm.start(2)), "1 and 2 memories"),
+    (lambda: lm.merge(memory, stranger), "'another'"),
+    (lambda: lm.statistics(stranger), "'another'"),
   ):
     with pytest.raises(ValueError, match=said):
       call()

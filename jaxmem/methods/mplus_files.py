@@ -13,16 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxmem.memory import long_term
-from jaxmem.methods import (
-  memoryllm,
-  mplus_config,
-  mplus_names,
-  mplus_state,
-)
+from jaxmem.methods import mplus_config, mplus_names, mplus_shipped
 from jaxmem.methods.mac_files import whole
-from jaxmem.methods.memoryllm import Model, Params, Rows, State
+from jaxmem.methods.memoryllm import Model, Params, State
 from jaxmem.methods.mplus_config import PROJECTIONS, Lora
 from jaxmem.methods.mplus_names import ADAPTERS, PROJECTORS, STORE
 from jaxmem.models import huggingface, tensor_files
@@ -70,6 +65,7 @@ def load(
   capacity: int | None = None,
   keep_key_value: bool = True,
   shardings: huggingface.Shardings | None = None,
+  mesh: Mesh | None = None,
 ) -> Loaded:
   """Load a released model, or one that `save` wrote.
 
@@ -80,10 +76,13 @@ def load(
     dtype: of frozen weights, memory rows and stream; None keeps what is stored.
       What is trained is float32.
     ages, rope_dtype: see `mplus_config.read`.
-    capacity: long-term slots of a layer, M+; None: as many as are ever needed
-      (released: 153,600 beside the shipped rows).
+    capacity: long-term slots of a layer, M+; 0: for the shipped rows alone
+      (`long_term.grow` adds more); None: as many as are ever needed (released:
+      153,600 beside the shipped rows).
     keep_key_value: see `mplus_state.start`.
     shardings: of the frozen weights, see `huggingface.load`.
+    mesh: spreads the memory as `mplus_state.partition_rules` says, each device
+      given its own part of the long-term store alone.
 
   Raises:
     ValueError: no checkpoint there, a config that is not supported, tensors
@@ -138,7 +137,10 @@ def load(
   )
   values = {name: tensors[name] for name in own}
   params = _params(model, lora, values)
-  state = _state(model, frozen, params, values, rng, capacity, keep_key_value)
+  state = mplus_shipped.load(
+    model, frozen, params, values,
+    rng=rng, capacity=capacity, keep_key_value=keep_key_value, mesh=mesh,
+  )  # fmt: skip
   return Loaded(model, lora, frozen, params, state)
 
 
@@ -233,60 +235,6 @@ def _params(model, lora, values):
     write=write,
     read=adapters(ADAPTERS[1]) if lora is not None and lora.two else write,
     projectors=projectors,
-  )
-
-
-def _state(model, frozen, params, values, rng, capacity, keep_key_value):
-  """The memory that the checkpoint ships."""
-  settings = model.settings
-  if not settings.long_blocks and not np.asarray(
-    values["initialized"].view[...]
-  ):
-    return None
-  stored = values["memory"]
-  kind = model.dtype or tensor_files.DTYPES[stored.dtype]
-  layers = range(model.config.num_layers)
-  sizes = []
-  if settings.long_blocks:
-    sizes = [values[f"ltm.{layer}"].shape[0] for layer in layers]
-    if 0 in sizes:
-      raise ValueError(
-        f"the long-term store of layer {sizes.index(0)} is empty: the "
-        "published code never ends reading it; give it at least one row"
-      )
-    if capacity is None:
-      capacity = long_term.capacity_for(settings.schedule, max(sizes))
-  state = mplus_state.start(
-    model,
-    frozen,
-    params,
-    jnp.asarray(whole(stored), kind),
-    rng=rng,
-    capacity=capacity,
-    keep_key_value=keep_key_value,
-  )
-  if not sizes:
-    return state
-
-  def stack(name):
-    parts = [whole(values[f"{name}.{layer}"]) for layer in layers]
-    fill = [(0, max(sizes) - size) for size in sizes]
-    return jnp.stack(
-      [
-        np.pad(x, (pad, *((0, 0),) * (x.ndim - 1)))
-        for x, pad in zip(parts, fill, strict=True)
-      ]
-    )
-
-  hidden, keys, frequency, age = map(stack, STORE)
-  rows = Rows(hidden.astype(kind))
-  if keep_key_value:
-    pair = memoryllm.key_value(model, frozen, params, rows.hidden)
-    rows = Rows(rows.hidden, *pair)
-  valid = jnp.arange(max(sizes))[None] < jnp.asarray(sizes)[:, None]
-  age = jnp.round(age).astype(jnp.int32)
-  return state._replace(
-    store=long_term.fill(state.store, rows, keys, age, frequency, valid)
   )
 
 

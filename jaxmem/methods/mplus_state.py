@@ -6,11 +6,11 @@ Source: MemoryLLM (arXiv 2402.04624), M+ (arXiv 2502.00592), their published
 code; axes as in `methods/memoryllm.py`.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmem.memory import long_term, pool
@@ -18,6 +18,14 @@ from jaxmem.methods import memoryllm
 from jaxmem.methods.memoryllm import Model, Params, Rows, State
 from jaxmem.methods.mplus_retrieval import project
 from jaxmem.models import decoder
+from jaxmem.training import parallel
+
+
+class Statistics(NamedTuple):
+  """What a memory holds, or, B in front of the arrays, each of several."""
+
+  pool: pool.Statistics
+  store: long_term.Statistics | None  # M+ only
 
 
 def start(
@@ -78,13 +86,19 @@ def fork(state: State, number: int, *, rng: jax.Array) -> State:
 
 
 def merge(
-  model: Model, frozen: Any, params: Params, first: State, second: State
+  model: Model,
+  frozen: Any,
+  params: Params,
+  first: State,
+  second: State,
+  *,
+  mesh: Mesh | None = None,
 ) -> State:
   """Make one memory of two, as if the second were written after the first.
 
   Half of the pools' rows stay, drawn at random; the others go to the long-term
-  store if there is one, which has the slots of both and room for these.
-  Another shape, so call it outside of compiled code.
+  store if there is one, which has the slots of both and room for these, as many
+  as the mesh divides. That is another shape: not in a loop.
   """
   settings = model.settings
   merged, gone, age = pool.merge(
@@ -93,11 +107,20 @@ def merge(
   if first.store is None:
     return State(merged)
   store = long_term.merge(first.store, second.store)
-  slots = store.slots.age.shape[1] + age.shape[1]
+  slots = even_slots(store.slots.age.shape[1] + age.shape[1], mesh)
   store = _keep(
     model, frozen, params, long_term.grow(store, slots), gone, age, 0
   )
   return State(merged, store)
+
+
+def statistics(state: State) -> Statistics:
+  """Count what a memory holds, or each of B."""
+  store = state.store
+  return Statistics(
+    pool.statistics(state.pool),
+    None if store is None else long_term.statistics(store),
+  )
 
 
 def commit(
@@ -204,8 +227,42 @@ def partition_rules(
   Args:
     several: memories, B in front of every leaf.
   """
-  spread = (None,) * (1 + several) + (("data", "fsdp"),)
+  spread = (None,) * (1 + several) + (*parallel.ROWS,)
   return (("store/slots", PartitionSpec(*spread)), (".*", PartitionSpec()))
+
+
+def capacity_for(
+  model: Model, state: State | None, capacity: int | None, mesh: Mesh | None
+) -> int:
+  """Say how many long-term slots memories have that begin as a shipped one.
+
+  Args:
+    state: that one, whose store may have no free slots.
+    capacity: that is asked for; None: as many as are ever needed.
+
+  Returns: slots of a layer; 0 without a store.
+
+  Raises:
+    ValueError: fewer than it has rows, or than are retrieved.
+  """
+  if state is None or state.store is None:
+    return 0
+  settings, slots = model.settings, state.store.slots
+  shipped = int(slots.valid.sum(axis=1).max())
+  if capacity is None:
+    capacity = long_term.capacity_for(settings.schedule, shipped)
+  if capacity < max(shipped, settings.retrieved):
+    raise ValueError(
+      f"capacity is {capacity}; the checkpoint ships {shipped} rows of a layer,"
+      f" and {settings.retrieved} are retrieved: give at least as many"
+    )
+  return even_slots(max(capacity, slots.age.shape[1]), mesh)
+
+
+def even_slots(number: int, mesh: Mesh | None) -> int:
+  """Round a number of long-term slots up to one that a mesh divides."""
+  parts = 1 if mesh is None else parallel.row_shards(mesh)
+  return -(-number // parts) * parts
 
 
 def check_state(model: Model, state: State) -> None:

@@ -111,6 +111,15 @@ def test_precision_and_capacity_are_the_callers(saved):
     assert loaded.state.store.slots.age.shape[1] == 9
 
 
+def test_a_store_of_the_shipped_rows_alone(saved):
+  directory, before = saved
+  after = _load(directory, capacity=0, keep_key_value=False).state.store
+  if before.state.store is not None:
+    retrieved = before.model.settings.retrieved
+    assert after.slots.age.shape[1] == max(3, retrieved)
+    assert after.arrivals == 3 and after.slots.valid[:, :3].all()
+
+
 def test_another_kind_of_checkpoint_is_named(changed):
   directory = changed()
   stated = json.loads((directory / "config.json").read_text())
