@@ -32,17 +32,12 @@ from jaxmem.methods import (
   mplus_files,
   mplus_state,
 )
+from jaxmem.models import chat as chat_format
 from jaxmem.models import decoder, fingerprint, generate, huggingface
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import parallel
 
 At = int | Sequence[int]
-# Llama 3's chat format, without the bos, for which each layer has its own.
-_TURN_END = "<|eot_id|>"
-_CHAT = (
-  "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
-  "<|start_header_id|>assistant<|end_header_id|>\n\n"
-)
 
 
 class Programs(NamedTuple):
@@ -166,30 +161,29 @@ class MemoryModel:
       memory: of `start` or `write`.
       questions: prompts, as "Question: ... Answer:" for the base models.
       at: number of the memory, one for all questions or one for each.
-      chat: put them into Llama 3's chat format; None: if the tokenizer has a
-        chat template and the tokens of that format.
+      chat: put them into the tokenizer's chat format; None: if it has one.
       settings: None: greedy, at most 64 tokens.
       seed: of sampling.
 
     Raises:
       ValueError: see `write`; a question that is too long; chat with a
-        tokenizer that does not know it.
+        tokenizer that has no chat template.
     """
     questions, at = self._check(memory, questions, at)
     if not questions:
       return []
-    known = _TURN_END in self.tokenizer.get_vocab()
-    if chat is None:
-      template = getattr(self.tokenizer, "chat_template", None)
-      chat = known and template is not None
+    known = chat_format.has_template(self.tokenizer)
+    chat = known if chat is None else chat
     if chat and not known:
       raise ValueError(
-        f"chat=True, and the tokenizer does not know {_TURN_END}, which ends a "
-        "turn in Llama 3's format: give chat=False"
+        "chat=True, and the tokenizer has no chat template: give chat=False, "
+        "and the questions in the format that the model was trained on"
       )
     settings = settings or GenerateSettings(64)
     if chat and settings.eos_ids is None:
-      settings = self._until_turn_ends(settings)
+      ends = self.loaded.model.config.eos_token_ids
+      ends = chat_format.end_ids(self.tokenizer, ends)
+      settings = dataclasses.replace(settings, eos_ids=ends)
     prompts = [self._prompt(question, chat) for question in questions]
     self._check_room(max(map(len, prompts)) + settings.max_new_tokens)
     length = generate.bucket_length(max(map(len, prompts)))
@@ -207,8 +201,9 @@ class MemoryModel:
 
   def _prompt(self, question, chat):
     """Token ids without the bos."""
-    text = _CHAT.format(question=question.strip()) if chat else question
-    ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = self.tokenizer(question, add_special_tokens=False)["input_ids"]
+    if chat and ids:
+      ids = chat_format.prompt_ids(self.tokenizer, question)
     if not ids:
       raise ValueError(f"the question {question!r} has no tokens")
     return ids
@@ -222,11 +217,6 @@ class MemoryModel:
         f"model has {room} positions: ask less, write part of it to the "
         "memory, or lower settings.max_new_tokens"
       )
-
-  def _until_turn_ends(self, settings):
-    ends = set(self.loaded.model.config.eos_token_ids)
-    ends.add(self.tokenizer.get_vocab()[_TURN_END])
-    return dataclasses.replace(settings, eos_ids=tuple(sorted(ends)))
 
   def fork(
     self, memory: Memory, number: int, at: int = 0, *, seed: int = 0

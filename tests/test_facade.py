@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 import jaxmem
 from jaxmem import facade
 from jaxmem.methods import memoryllm, mplus, mplus_files
-from jaxmem.models import generate
+from jaxmem.models import chat, generate
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import parallel
 from tests.methods import remembering, small
@@ -133,18 +133,26 @@ def test_statistics_are_of_each_memory(lm):
   assert (found.pool.age_max[1] > 0) and found.pool.age_mean.shape == (2,)
 
 
-def test_chat_has_its_format_and_no_bos(lm, monkeypatch):
-  """Turns end an answer too; without the tokens there is no chat."""
+@pytest.mark.parametrize("bos", ["<s>", ""])
+def test_chat_is_by_the_tokenizers_template_and_has_no_bos(
+  lm, monkeypatch, bos
+):
+  """Turns end an answer too; a bos that is not there takes nothing away."""
   tokenizer = small.tokenizer()
-  marks = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-  tokenizer.add_special_tokens({"additional_special_tokens": marks})
+  tokenizer.chat_template = bos + (
+    "{% for turn in messages %}<|user|> {{ turn.content }} {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+  )
+  tokenizer.add_special_tokens({"additional_special_tokens": ["<|eot_id|>"]})
   monkeypatch.setattr(lm, "tokenizer", tokenizer)
   names = tokenizer.convert_ids_to_tokens(lm._prompt(ASK, chat=True))
-  begin, end, turn = marks
-  words = [name for name in names if name in (*marks, *small.WORDS)]
-  assert words == [begin, end, *ASK.split(), turn, begin, end]
-  ends = lm._until_turn_ends(FEW).eos_ids
-  assert ends == (2, tokenizer.get_vocab()[turn])
+  assert names == ["<|user|>", *ASK.split(), "<|assistant|>"]
+  ends = chat.end_ids(tokenizer, (2,))
+  assert ends == (2, tokenizer.get_vocab()["<|eot_id|>"])
+  asked = []
+  monkeypatch.setattr(lm, "_prompt", lambda *given: asked.append(given) or [5])
+  lm.answer(lm.start(), ASK, settings=FEW)
+  assert asked == [(ASK, True)]
 
 
 def test_a_mesh_gives_the_same(lm, directory):
