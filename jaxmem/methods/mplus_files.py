@@ -115,6 +115,21 @@ def load(
     for name, tensor in tensors.items()
     if name not in own
   }
+  _check_infix(config, lora, tensors, directory)
+  frozen = huggingface.params_from_tensors(
+    config, base, dtype=dtype, shardings=shardings
+  )
+  values = {name: tensors[name] for name in own}
+  params = _params(model, lora, values)
+  state = mplus_shipped.load(
+    model, frozen, params, values,
+    rng=rng, capacity=capacity, keep_key_value=keep_key_value, mesh=mesh,
+  )  # fmt: skip
+  return Loaded(model, lora, frozen, params, state)
+
+
+def _check_infix(config, lora, tensors, directory):
+  """Raise unless what is adapted, and that alone, is named as PEFT names it."""
   adapted = {
     f"model.layers.{layer}.{PROJECTIONS[name]}.{name}.weight"
     for layer in range(config.num_layers)
@@ -132,16 +147,6 @@ def load(
       "base_layer in their names where lora_config adapts them, nowhere else; "
       "make config.json and checkpoint agree"
     )
-  frozen = huggingface.params_from_tensors(
-    config, base, dtype=dtype, shardings=shardings
-  )
-  values = {name: tensors[name] for name in own}
-  params = _params(model, lora, values)
-  state = mplus_shipped.load(
-    model, frozen, params, values,
-    rng=rng, capacity=capacity, keep_key_value=keep_key_value, mesh=mesh,
-  )  # fmt: skip
-  return Loaded(model, lora, frozen, params, state)
 
 
 def _check_long_rows(hf, model, tensors, directory):
