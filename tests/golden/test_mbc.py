@@ -17,10 +17,7 @@ from jaxmem.adapters.linear import linear
 from jaxmem.memory import aggregator, quantizer
 from jaxmem.methods import cmt_codebook, mac_files, mbc, mbc_files
 from tests.golden import mac_set
-
-assert_close = functools.partial(
-  np.testing.assert_allclose, atol=3e-4, rtol=1e-4
-)
+from tests.golden.mac_set import assert_close
 
 
 @pytest.fixture(scope="module")
