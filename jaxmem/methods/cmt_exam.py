@@ -35,7 +35,8 @@ def make_exam(
   """Make `(params, frozen, rng) -> rates` over one bank of documents.
 
   Rates in [0, 1]: recall at 1, 4, 16 of the question's document; right
-  answers from its own memory, from the best 1, 4 and 16 and from another's.
+  answers from its own memory, from the best 1, 4 and 16, from another's and
+  from none.
 
   Args:
     shape: of a row; its documents must divide `documents`.
@@ -61,25 +62,29 @@ def make_exam(
     out = {f"recall/{k}": (rank < k).mean() for k in RECALLS}
     nobody = jnp.full_like(own, memory_rows.OWN_NONE)
 
-    def right(retrieved, own, bank=found.bank):
-      changed = model._replace(
-        settings=dataclasses.replace(
-          settings, train_retrieved=min(retrieved, documents)
-        )
-      )
-      latents = cmt_loss.aggregate_batch(
-        changed, params, found.question, bank, found.scores, own
-      )
-      prefix = cmt.to_prefix(changed, params, latents)
+    def right(prefix):
       _, hit = cmt_loss.answer_loss(
-        changed, frozen, params, found.answers, found.labels, prefix
+        model, frozen, params, found.answers, found.labels, prefix
       )
       return (hit.sum(axis=1) == found.labels.sum(axis=1)).mean()
 
+    def drawing_on(retrieved, own, bank=found.bank):
+      changed = dataclasses.replace(
+        settings, train_retrieved=min(retrieved, documents)
+      )
+      latents = cmt_loss.aggregate_batch(
+        model._replace(settings=changed), params, found.question, bank,
+        found.scores, own,
+      )  # fmt: skip
+      return right(cmt.to_prefix(model, params, latents))
+
     moved = jnp.roll(found.bank.memories, shape.documents, axis=0)
-    out |= {"own": right(1, own)}
-    out |= {f"top/{k}": right(k, nobody) for k in RECALLS}
     shuffled = found.bank._replace(memories=moved)
-    return out | {"shuffled": right(1, own, shuffled)}
+    out |= {f"top/{k}": drawing_on(k, nobody) for k in RECALLS}
+    return out | {
+      "own": drawing_on(1, own),
+      "shuffled": drawing_on(1, own, shuffled),
+      "none": right(None),
+    }
 
   return run
