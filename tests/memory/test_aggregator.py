@@ -9,6 +9,7 @@ import pytest
 
 from jaxmem.memory import aggregator
 from tests.reference import aggregator as reference
+from tests.reference.gradient import assert_gradients
 
 P, C, D, HEADS, SIZE, BLOCKS = 5, 2, 6, 2, 3, 2
 CLOSE = {"rtol": 0, "atol": 1e-5}
@@ -85,7 +86,7 @@ def test_by_hand():
   np.testing.assert_allclose(got, QUESTION + mean[None], atol=1e-4)
 
 
-def test_chunks_give_the_same_with_the_same_gradients():
+def test_chunks_give_the_same_with_the_gradients_of_the_equations():
   """Of 10 rows by 4 the first are all invalid, the last are not 4."""
   valid = jnp.array([0, 0, 1, 1, 0], bool)
 
@@ -100,6 +101,13 @@ def test_chunks_give_the_same_with_the_same_gradients():
   chunked, flat = grad(*arguments, 4), grad(*arguments, None)
   compare = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
   jax.tree.map(compare, chunked, flat)
+
+  def by_equation(params, question, memories, bias):
+    rows, live = memories.reshape(-1, D), np.repeat(valid, C)
+    out = reference.aggregate(params, question, rows, live, np.repeat(bias, C))
+    return np.square(out).sum()
+
+  assert_gradients(flat[1], by_equation, *arguments)
   assert (chunked[1][2][~valid] == 0).all()
   assert (chunked[1][2][valid] != 0).any()
 

@@ -1,11 +1,14 @@
 """The compressor's slots and output map."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxmem.memory import compressor
+from tests.reference.gradient import assert_gradients
 
 
 def _running_sum(embeddings, positions, valid):
@@ -23,6 +26,38 @@ def test_slots_read_what_stands_before_them():
   )
   # Positions of the slots are 2 and 3: padding is not counted.
   np.testing.assert_allclose(found, [[[6.0, 5.0], [7.0, 16.0]]])
+
+
+def test_gradients_of_slots_texts_and_output_map():
+  """Of a model that is no linear one, against a loop."""
+  rng = np.random.default_rng(0)
+  draw = [rng.normal(size=s).astype(np.float32) for s in
+          ((2, 3), (2, 4, 3), (3, 3), (3,), (2, 2, 3))]  # fmt: skip
+  weights = draw.pop()
+  valid = np.array([[True, True, False, False], [False, True, True, True]])
+
+  def encode(*inputs):
+    return jnp.sin(_running_sum(*inputs))
+
+  @jax.jit
+  @functools.partial(jax.grad, argnums=(0, 1, 2, 3))
+  def grad(slots, embeddings, kernel, bias):
+    hidden = compressor.compress(slots, encode, embeddings, jnp.array(valid))
+    params = {"output": {"kernel": kernel, "bias": bias}}
+    return (weights * compressor.output(params, hidden)).sum()
+
+  def by_loop(slots, embeddings, kernel, bias):
+    total = 0.0
+    for row in range(2):
+      words = embeddings[row][valid[row]]
+      for c in range(2):
+        state = words.sum(axis=0) + slots[: c + 1].sum(axis=0) + len(words) + c
+        total += weights[row, c] @ (np.sin(state) @ kernel + bias)
+    return total
+
+  grads = grad(*map(jnp.asarray, draw))
+  assert_gradients(grads, by_loop, *draw)
+  assert (grads[1][~valid] == 0).all()
 
 
 def test_positions_do_not_fall_on_padding():

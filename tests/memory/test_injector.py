@@ -10,6 +10,7 @@ import pytest
 
 from jaxmem.memory import injector, slots
 from tests.reference.aggregator import gelu, norm
+from tests.reference.gradient import assert_gradients
 
 C, LAYERS, HEADS, SIZE, P = 3, 2, 2, 3, 2
 D = HEADS * SIZE
@@ -86,20 +87,30 @@ def _by_layer(kind, params, memories):
 def test_equals_the_equations(kind):
   params = _params(kind)
   several = jnp.stack([MEMORIES, _draw(2, C, D)])
+  rows = P if kind == "mac_slots" else C
+  weights = np.asarray(_draw(3, 2, LAYERS, rows, HEADS, SIZE))
+
+  def total(params, memories):
+    made = jnp.stack(injector.apply(params, kind, memories))
+    return (weights * made).sum()
 
   @jax.jit
   def run(params):
     one = functools.partial(injector.apply, params, kind)
     half = one(MEMORIES.astype(jnp.bfloat16))
-    return one(MEMORIES), jax.vmap(one, out_axes=1)(several), half
+    grads = jax.grad(total, argnums=(0, 1))(params, MEMORIES)
+    return one(MEMORIES), jax.vmap(one, out_axes=1)(several), half, grads
 
-  got, batched, half = run(params)
-  want = (
-    _by_slot(params, MEMORIES)
-    if kind == "mac_slots"
-    else _by_layer(kind, params, MEMORIES)
+  def by_equation(params, memories):
+    if kind == "mac_slots":
+      return _by_slot(params, memories)
+    return _by_layer(kind, params, memories)
+
+  got, batched, half, grads = run(params)
+  want = by_equation(params, MEMORIES)
+  assert_gradients(
+    grads, lambda *x: (weights * by_equation(*x)).sum(), params, MEMORIES
   )
-  rows = P if kind == "mac_slots" else C
   assert got.key.shape == (LAYERS, rows, HEADS, SIZE)
   np.testing.assert_allclose(np.stack(got), want, atol=1e-5)
   np.testing.assert_allclose(batched.value[:, 0], got.value, atol=1e-5)

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jaxmem.memory import retriever
+from tests.reference.gradient import assert_gradients
 
 ROOT = pathlib.Path(__file__).parents[2]
 B, M, E, C, D = 3, 64, 8, 2, 4
@@ -256,35 +257,70 @@ def test_maxsim_of_a_bank_equals_a_loop():
   )
 
 
-DOCUMENTS, QUESTIONS = (retriever.pooled(_draw(i, 5, C, D)) for i in (3, 4))
-VECTORS = _draw(3, 5, C * D)
+VECTORS, ASKED = _draw(3, 5, C, D), _draw(4, 5, C, D)
+DOCUMENTS, QUESTIONS = (retriever.pooled(x) for x in (VECTORS, ASKED))
 OWN, IDS = jnp.array([2, 0, 1, 4, 0]), jnp.array([7, 8, 7, 9, 5])
 
 
-def _self_by_equation(question, keys, own, ids, weight, vectors=None):
-  question, keys = np.asarray(question), np.asarray(keys)
+def _mean_direction(vectors):
+  mean = np.asarray(vectors, np.float64).mean(axis=1)
+  return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+
+
+def _self_by_equation(asked, vectors, raw):
+  question, keys, ids = *map(_mean_direction, (asked, vectors)), IDS.tolist()
   out = []
-  for q, i in zip(question, np.asarray(own), strict=True):
+  for q, i in zip(question, OWN.tolist(), strict=True):
     away = []
     for j in range(len(keys)):
       if ids[j] == ids[i]:
         continue
-      if vectors is None:
-        away.append(((keys[i] - keys[j]) ** 2).sum())
+      if raw:
+        away.append(np.square(vectors[i] - vectors[j]).mean())
       else:
-        away.append(np.square(np.asarray(vectors[i] - vectors[j])).mean())
+        away.append(np.square(keys[i] - keys[j]).sum())
     spread = np.log(np.exp(-np.array(away)).sum()) if away else 0.0
-    out.append(-q @ keys[i] + weight * spread)
-  return out
+    out.append(-q @ keys[i] + 0.3 * spread)
+  return np.array(out)
 
 
-def test_self_match_by_equation():
-  given = (QUESTIONS, DOCUMENTS, OWN, IDS)
-  for vectors in (None, VECTORS):
-    match = functools.partial(retriever.self_match, weight=0.3)
-    got = jax.jit(match)(*given, vectors=vectors)
-    want = _self_by_equation(*given, 0.3, vectors)
-    np.testing.assert_allclose(got, want, atol=1e-5)
+def _softmax_by_equation(asked, vectors):
+  question, keys, ids = *map(_mean_direction, (asked, vectors)), IDS.tolist()
+  out = []
+  for q, own in zip(question, OWN.tolist(), strict=True):
+    rows = [j for j in range(5) if j == own or ids[j] != ids[own]]
+    scores = {j: np.exp(q @ keys[j] / 0.5) for j in rows}
+    out.append(-np.log(scores[own] / sum(scores.values())))
+  return np.array(out)
+
+
+MATCHES = {
+  "unit": functools.partial(_self_by_equation, raw=False),
+  "raw_scaled": functools.partial(_self_by_equation, raw=True),
+  "softmax": _softmax_by_equation,
+}
+
+
+@pytest.mark.parametrize("name", MATCHES)
+def test_matching_losses_by_equation(name):
+  """With gradients, by way of the keys, of what the keys are made of."""
+  weights = np.asarray(_draw(5, 5))
+
+  def loss(asked, vectors):
+    given = *map(retriever.pooled, (asked, vectors)), OWN, IDS
+    if name == "softmax":
+      losses = retriever.softmax_match(*given, temperature=0.5)
+    else:
+      raw = vectors.reshape(5, -1) if name == "raw_scaled" else None
+      losses = retriever.self_match(*given, weight=0.3, vectors=raw)
+    return (weights * losses).sum(), losses
+
+  run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+  grads, losses = run(ASKED, VECTORS)
+  np.testing.assert_allclose(losses, MATCHES[name](ASKED, VECTORS), atol=1e-5)
+  assert_gradients(
+    grads, lambda *x: (weights * MATCHES[name](*x)).sum(), ASKED, VECTORS
+  )
 
 
 def test_matching_losses_of_maxsim():
@@ -354,15 +390,8 @@ def test_self_match_pushes_memories_apart():
   assert after < before
 
 
-def test_softmax_match_by_equation():
-  match = jax.jit(functools.partial(retriever.softmax_match, temperature=0.5))
-  got = match(QUESTIONS, DOCUMENTS, OWN, IDS)
-  question, keys = np.asarray(QUESTIONS), np.asarray(DOCUMENTS)
-  for g, own in enumerate(OWN.tolist()):
-    rows = [j for j in range(5) if j == own or IDS[j] != IDS[own]]
-    scores = {j: np.exp(question[g] @ keys[j] / 0.5) for j in rows}
-    want = -np.log(scores[own] / sum(scores.values()))
-    np.testing.assert_allclose(got[g], want, rtol=1e-5)
+def test_softmax_match_of_one_document_alone():
+  match = jax.jit(retriever.softmax_match)
   alone = match(QUESTIONS, DOCUMENTS, OWN, jnp.full(5, 1))
   np.testing.assert_allclose(alone, 0, atol=1e-6)
 
