@@ -454,7 +454,8 @@ def check_policy(bank: Bank, policy: str) -> None:
   """Raise where a bank, or its shapes, cannot have a policy.
 
   Raises:
-    ValueError: an unknown policy, averages of codes or in a single slot.
+    ValueError: an unknown policy, averages of codes or in a single slot, or the
+      nearest of documents without keys.
   """
   if policy not in POLICIES:
     raise ValueError(
@@ -469,6 +470,11 @@ def check_policy(bank: Bank, policy: str) -> None:
     )
   if bank.valid.shape[0] < 2:
     raise ValueError(f"policy {policy!r} needs 2 slots; the bank has 1")
+  if policy == "nn_average" and not bank.key.shape[1]:
+    raise ValueError(
+      "policy 'nn_average' averages the two nearest documents by their keys, "
+      "and this bank keeps none: give it keys, or use random_average"
+    )
 
 
 def _check_memories(bank, memories, keys):

@@ -273,6 +273,9 @@ def test_errors():
     bank.write(_empty(), *rows, live, policy="lru")
   with pytest.raises(ValueError, match="needs 2 slots"):
     bank.write(_empty(1), *rows, live, policy="nn_average")
+  keyless = bank.empty(M, (C, D), 0, dtype=jnp.float32, rng=jax.random.key(0))
+  with pytest.raises(ValueError, match="by their keys, and this bank keeps no"):
+    bank.check_policy(keyless, "nn_average")
   with pytest.raises(ValueError, match=r"\[1, 3\] with keys of width 3"):
     bank.write(_empty(), rows[0][:, :1], *rows[1:], live)
 
