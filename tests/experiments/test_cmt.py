@@ -1,6 +1,9 @@
 """The whole experiment on a model of a few thousand weights."""
 
+import dataclasses
 import json
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import cmt as experiment
-from experiments import cmt_ladders
+from experiments import cmt_ladders, sweep
 from jaxmem import config as configs
 from jaxmem.data import world
 from jaxmem.memory import bank
 from jaxmem.methods import (
+  cmt,
   cmt_setup,
   cmt_streams,
   cmt_train,
@@ -21,6 +25,7 @@ from jaxmem.methods import (
   staged,
 )
 from tests.experiments.conftest import StopAfter
+from tests.methods import small
 
 CONFIG = "configs/cmt.py:smoke"
 TINY = {
@@ -202,6 +207,32 @@ def _answers(workdir):
   return [answer["text"] for answer in ladder["top-16"]["answers"]]
 
 
+def test_which_rows_are_trained_on_and_asked_about(
+  model_dir, questions, tmp_path
+):
+  other = tmp_path / "train.json"
+  other.write_text(re.sub("Ann|Bob", "Dan", questions.read_text()))
+  changes = {
+    "data.source": str(questions),
+    "data.test_rows": "(2, 4)",
+    "data.train_source": str(other),
+    "data.train_rows": "(2, 6)",
+    "data.train_share": 1.0,
+  }
+  config = make_config(model_dir, **FILE | changes)
+  stream = cmt_streams.load(config, tmp_path)
+  assert [q.text for q in stream.questions] == ["Where is Bob?"] * 2
+  base, stages = cmt_setup.load_base(config), cmt_setup.make_stages(config)
+  rows = cmt_streams.training_source(config, base, stages).batch_at(
+    stages[0], 0
+  )
+  texts = {
+    base.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    for ids in rows.documents.ids.reshape(-1, rows.documents.ids.shape[-1])
+  }
+  assert texts == {"Dan is in Oslo.", "Cid is in Bern."}
+
+
 def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
   config = make_config(model_dir, **{"stages.many.facts": 3})
   (stage,) = cmt_setup.make_stages(config)
@@ -279,6 +310,17 @@ def test_the_three_methods_differ_as_said():
   assert found["cmt"][3]["train_retrieved"] == 16
 
 
+def test_probes_ask_about_whole_rows(model_dir):
+  config = make_config(
+    model_dir, **{"eval.every_steps": 2, "eval.probe_documents": 6}
+  )
+  stages = cmt_setup.make_stages(config)
+  exp = experiment.Experiment(config, None, never, None, stages, None)
+  model = cmt.Model(small.CONFIG, cmt_setup.make_settings(config))
+  with pytest.raises(ValueError, match="documents is 6; make it a multiple of"):
+    experiment.probes(exp, model)
+
+
 def test_a_ladder_shares_one_bank():
   config = configs.load("configs/cmt.py:tiny")
   configs.apply(
@@ -289,12 +331,17 @@ def test_a_ladder_shares_one_bank():
   found = cmt_setup.ladder(config, 10)
   assert found["configured"] == found["all"]
   assert not found["all"].keyed and found["all"].capacity == 20
-  configs.apply(config, {"eval.ladder": "('all', 'top-16')"})
-  assert all(reading.keyed for reading in cmt_setup.ladder(config, 10).values())
+  nearest = {"eval.policy": "nn_average", "eval.capacity": 5}
+  found = cmt_setup.ladder(configs.apply(config, nearest), 10)["all"]
+  assert found.keyed, "by keys the nearest documents are found"
+  assert (found.policy, found.capacity) == ("nn_average", 5)
   configs.apply(
-    config, {"eval.ladder": "('all',)", "eval.policy": "nn_average"}
-  )
-  assert cmt_setup.ladder(config, 10)["all"].keyed, "to find the nearest by"
+    config,
+    {"eval.ladder": "('all', 'top-16')", "eval.bank_dtype": "bfloat16",
+     "eval.policy": "none", "eval.capacity": 0},
+  )  # fmt: skip
+  for reading in cmt_setup.ladder(config, 10).values():
+    assert reading.keyed and reading.dtype == "bfloat16"
   configs.apply(config, {"method": "cmt", "eval.ladder": "('configured',)"})
   assert cmt_setup.ladder(config, 10)["configured"].retrieved == 16
 
@@ -377,3 +424,43 @@ def test_tiny_trains_all_methods_alike():
     training = cmt_setup.make_training(config, 100)
     assert (training.rate, training.clip_norm) == (2e-3, 1.0)
     assert cmt_setup.make_settings(config).injector == "linear"
+
+
+def test_every_value_of_the_config_is_read():
+  code = "\n".join(
+    path.read_text()
+    for folder, names in (
+      ("jaxmem/methods", ("cmt*.py", "mac.py", "mbc.py", "base.py")),
+      ("experiments", ("cmt.py",)),
+    )
+    for name in names
+    for path in pathlib.Path(folder).glob(name)
+  )
+  settings = {field.name for field in dataclasses.fields(cmt_setup.Settings)}
+  for name in configs.flatten(configs.load("configs/cmt.py:paper")):
+    group, _, key = name.rpartition(".")
+    read = rf'\.{key}\b|"{key}"'
+    if group == "memory" or group.startswith("of_method"):
+      assert key in settings | {"retrieved"}, name
+      read = rf"(settings|self)\.{key}\b|retrieved\(config\)"
+    assert re.search(read, code), name
+
+
+def test_every_point_of_the_ablations(tmp_path):
+  """Each is something else than all without it, and what it says."""
+  name = "configs/cmt_ablations.py"
+  points = sweep.make_points(name, tmp_path, experiment="experiments.cmt")
+  whole, without_match = cmt_setup.learned(configs.load(name)), 0
+  for point in points:
+    changes = dict(point.overrides)
+    if changes.pop("seed"):
+      continue
+    config = configs.apply(configs.load(name), changes)
+    assert cmt_setup.learned(config) != whole, changes
+    if "of_method.cmt.beta" in changes:
+      without_match += 1
+      settings = cmt_setup.make_settings(config)
+      for stage in cmt_setup.make_stages(config):
+        own = dataclasses.replace(settings, **dict(stage.changes))
+        assert own.beta == 0, stage.name
+  assert without_match

@@ -33,7 +33,10 @@ CHANGES = {
 
 @functools.cache
 def _run(name):
-  """(state, metrics) after `STEPS` steps, on the host."""
+  """State and metrics after `STEPS` steps, on the host.
+
+  Section 13, test 6: nothing of the language model moves or has moments.
+  """
   model, pmap = model_of(mbc.settings, **CHANGES), name == "pmap-8"
   params, base = params_of(model), small.params()
   # A large eps: Adam divides rounding errors by their size.
@@ -55,11 +58,18 @@ def _run(name):
       step, state, base, mesh=mesh, steps_per_call=STEPS,
       rules=decoder.partition_rules() + parallel.REPLICATE,
     )  # fmt: skip
-  state = compiled.put_state(jax.tree.map(jnp.copy, state))
+  start = compiled.put_state(jax.tree.map(jnp.copy, state))
   batches = [jax.tree.map(np.asarray, batch_of(seed=i)) for i in range(STEPS)]
-  return jax.device_get(
-    compiled.call(state, compiled.put_frozen(base), batches, jax.random.key(3))
-  )
+  frozen = compiled.put_frozen(base)
+  out = compiled.call(start, frozen, batches, jax.random.key(3))
+  after, metrics = jax.device_get(out)
+  jax.tree.map(np.testing.assert_array_equal, frozen, base)
+  moments = [
+    leaf.shape for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim
+  ]
+  trained = [leaf.shape for leaf in jax.tree.leaves(params)]
+  assert moments == 2 * trained
+  return after, metrics
 
 
 @pytest.mark.parametrize("name", ["8x1x1", "pmap-8"])

@@ -10,10 +10,19 @@ import pytest
 
 from jaxmem.data.memory_rows import Texts
 from jaxmem.memory import aggregator, bank, retriever
-from jaxmem.methods import cmt, cmt_learner, cmt_loss, cmt_params, cmt_settings
+from jaxmem.methods import (
+  cmt,
+  cmt_codebook,
+  cmt_learner,
+  cmt_loss,
+  cmt_params,
+  cmt_settings,
+  mbc,
+)
 from jaxmem.methods.cmt_settings import Settings
 from jaxmem.models import decoder
 from jaxmem.training.loss import token_nll
+from jaxmem.training.step import TrainState
 from tests.methods import small
 from tests.methods.test_cmt import batch_of, loss_of, model_of, params_of
 from tests.models import tiny
@@ -52,11 +61,15 @@ TARGETS = {"gpt2": "c_attn", "phi3": "qkv_proj", "qwen3": "q_proj"}
 def test_every_injector_fits_every_model(family, kind):
   """But mac_slots, whose vectors are the keys of all heads at once."""
   config = tiny.FAMILIES[family]
-  model = model_of(injector=kind, lora_targets=(TARGETS[family],))
+  model = model_of(
+    injector=kind, injector_rank=5, lora_targets=(TARGETS[family],)
+  )
   model = model._replace(config=config)
 
   def run(frozen, latents):
     params = cmt_params.init(model, frozen, rng=jax.random.key(0))
+    if kind == "bottleneck":
+      assert params["injector"]["down"]["kernel"].shape[1] == 5
     return cmt.to_prefix(model, params, latents)
 
   given = tiny.params(config), jnp.zeros((4, TOKENS, config.hidden_size))
@@ -187,6 +200,22 @@ def test_gpt2_has_one_projection_to_adapt():
   model = model_of()._replace(config=config)
   with pytest.raises(ValueError, match="c_attn"):
     cmt_params.init(model, base, rng=jax.random.key(0))
+
+
+@pytest.mark.parametrize(("threshold", "moved"), [(0.0, 0), (0.2, 7)])
+def test_which_codes_are_unused(threshold, moved):
+  """Those whose usage, here half of 0.3, is below the threshold."""
+  model = model_of(
+    mbc.settings, num_codes=7, vq_threshold=threshold, vq_decay=0.5
+  )
+  memory = cmt_codebook.start(model)._replace(
+    candidates=jnp.ones((7, WIDTH)), counts=jnp.full(7, 0.3), found=jnp.int32(7)
+  )
+  codes = {"quantizer": jnp.zeros((7, WIDTH))}
+  update = cmt_codebook.make_post_update(model, lambda moments, _: moments)
+  found = update(TrainState(jnp.int32(0), codes, (), memory), None)
+  np.testing.assert_allclose(found.memory.usage.ema, 0.15, rtol=1e-6)
+  assert int((found.params["quantizer"] == 1).all(axis=1).sum()) == moved
 
 
 def test_t5s_have_a_rate_of_their_own():
