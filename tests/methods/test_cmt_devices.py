@@ -67,7 +67,7 @@ def _run(name):
   moments = [
     leaf.shape for leaf in jax.tree.leaves(after.opt_state) if leaf.ndim
   ]
-  trained = [leaf.shape for leaf in jax.tree.leaves(params)]
+  trained = [leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim]
   assert moments == 2 * trained
   return after, metrics
 
