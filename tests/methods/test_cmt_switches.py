@@ -213,7 +213,8 @@ def test_which_codes_are_unused(threshold, moved):
   )
   codes = {"quantizer": jnp.zeros((7, WIDTH))}
   update = cmt_codebook.make_post_update(model, lambda moments, _: moments)
-  found = update(TrainState(jnp.int32(0), codes, (), memory), None)
+  state = TrainState(jnp.int32(0), codes, (), memory)
+  found = update(state, None, jax.random.key(0))
   np.testing.assert_allclose(found.memory.usage.ema, 0.15, rtol=1e-6)
   assert int((found.params["quantizer"] == 1).all(axis=1).sum()) == moved
 
