@@ -119,7 +119,15 @@ def export(
   place = config.export or str(exp.workdir / "memory")
   if jax.process_index() == 0:
     saved = cmt_files.Saved(
-      config.method, base.model.settings, base.name, limit
+      config.method,
+      base.model.settings,
+      base.name,
+      limit,
+      model=config.model,
+      dtype=config.train.base_dtype,
+      t5=() if base.t5 is None else tuple(config.t5.values()),
+      chat=config.data.chat,
+      document_tokens=config.data.document_tokens,
     )
     cmt_files.save(
       place, saved, params, dtype=config.export_dtype, record=record

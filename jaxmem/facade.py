@@ -7,7 +7,7 @@
 
 The object holds what does not move: weights, config and tokenizer. A memory is
 a value: it goes in and a new one comes out, and the old one is a snapshot.
-MemoryLLM and M+ so far.
+Here MemoryLLM and M+; of CMT, MAC and MBC in `bank_facade`.
 """
 
 import dataclasses
@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxmem import bank_facade
 from jaxmem.memory import long_term
 from jaxmem.memory import memory as memory_files
 from jaxmem.memory.memory import Memory
 from jaxmem.methods import (
+  cmt_files,
   memoryllm,
   mplus,
   mplus_chunks,
@@ -353,22 +355,34 @@ def load(
   mesh: Mesh | None = None,
   capacity: int | None = None,
   **options: Any,
-) -> MemoryModel:
-  """Load MemoryLLM or M+ with its tokenizer, ready to be written and asked.
+) -> MemoryModel | bank_facade.BankModel:
+  """Load a model with a memory, ready to be written and asked.
 
   Args:
-    path_or_hub_id: "mplus", which comes with the package, a local directory, or
-      else the id of a model on the hub.
-    dtype: None: bfloat16 on accelerators, float32 on a CPU.
+    path_or_hub_id: "mplus", "cmt" or "mac", which come with the package, a
+      local directory, or else the id of a model on the hub. A directory with a
+      memory.json is one of CMT, MAC or MBC; else it holds MemoryLLM or M+.
+    dtype: None: bfloat16 on accelerators, float32 on a CPU; of a bank's model
+      as in training.
     mesh: spreads weights, and the long-term store over its slots: of that no
       device ever has more than its part.
-    capacity: long-term slots in each layer of a memory; None: as many as are
-      ever needed. With fewer, the rows that came first are overwritten.
-    options: of `mplus_files.load` (keep_key_value, ages, rope_dtype).
+    capacity: long-term slots in each layer of a memory of M+; None: as many as
+      are ever needed. With fewer, the rows that came first are overwritten.
+    options: of `mplus_files.load` (keep_key_value, ages, rope_dtype), or of
+      `bank_facade.load` (base, t5).
 
   Raises:
-    ValueError: see `mplus_files.load`, no tokenizer, or too few slots.
+    ValueError: see these two, no tokenizer, too few slots, or slots of a bank,
+      which are given to its `start`.
   """
+  folder = pathlib.Path(cmt_files.find(path_or_hub_id))
+  if (folder / cmt_files.SETTINGS_FILE).is_file():
+    if capacity is not None:
+      raise ValueError(
+        f"capacity is {capacity}, and {folder} is of a bank: give its slots to "
+        "start(capacity=..)"
+      )
+    return bank_facade.load(folder, dtype=dtype, mesh=mesh, **options)
   if dtype is None:
     on_cpu = jax.default_backend() == "cpu"
     dtype = jnp.float32 if on_cpu else jnp.bfloat16

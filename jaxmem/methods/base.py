@@ -48,7 +48,13 @@ def load(name: str, sizes: ConfigDict, *, dtype: Any = jnp.float32) -> Loaded:
   Raises:
     ValueError: no such model, or a mesh that the devices do not fill.
   """
-  mesh = make_mesh(sizes)
+  return load_on(make_mesh(sizes), name, dtype=dtype)
+
+
+def load_on(
+  mesh: jax.sharding.Mesh, name: str, *, dtype: Any = jnp.float32
+) -> Loaded:
+  """Load a model and shard it over a mesh; see `load`."""
   path, rules = models.find(name), decoder.partition_rules()
   config, weights = huggingface.load(
     path,

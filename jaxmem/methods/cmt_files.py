@@ -1,7 +1,7 @@
 """Trained weights of CMT, MAC or MBC, to and from a directory.
 
   DIRECTORY/memory.safetensors   parameters, named by their path in the tree
-  DIRECTORY/memory.json          method, settings, base model
+  DIRECTORY/memory.json          method, settings, base model, how it was asked
 
 Official state dicts of MAC and MBC are read by `methods/mac_files.py` and
 `methods/mbc_files.py`.
@@ -30,7 +30,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 SHIPPED = ("cmt", "mac")  # trained on the embedded model tiny
 
 
-def find(name: str) -> str:
+def find(name: str | pathlib.Path) -> str | pathlib.Path:
   """Name the directory of weights that come with the package, or the name.
 
   Raises:
@@ -67,6 +67,12 @@ class Saved(NamedTuple):
   # Match below which a question draws on nothing, found on a stream of its own
   # (`cmt_validation.calibrate`); -1: none was looked for.
   min_match: float = -1.0
+  # For `jaxmem.load`; the defaults are of directories that do not say.
+  model: str = ""  # name or directory of the language model
+  dtype: str = "float32"  # of its weights
+  t5: tuple[str, ...] = ()  # directories, with compressor="t5"
+  chat: bool = True  # questions were put in the embedded models' format
+  document_tokens: int = 0  # of a document, at most; 0: not known
 
 
 def save(
@@ -94,10 +100,7 @@ def save(
     name: np.ascontiguousarray(np.asarray(leaf).astype(DTYPES[dtype]))
     for name, leaf in _named(params).items()
   }
-  described = {
-    "method": saved.method,
-    "base": saved.base,
-    "min_match": saved.min_match,
+  described = saved._asdict() | {
     "settings": dataclasses.asdict(saved.settings),
     "record": record or {},
   }
@@ -122,10 +125,11 @@ def describe(directory: str | pathlib.Path) -> Saved:
     )
   try:
     found = json.loads(path.read_text())
-    given = found["settings"]
-    given["lora_targets"] = tuple(given["lora_targets"])
-    limit = found.get("min_match", -1.0)
-    return Saved(found["method"], Settings(**given), found["base"], limit)
+    given = {name: found[name] for name in Saved._fields if name in found}
+    settings = dict(given.pop("settings"))
+    settings["lora_targets"] = tuple(settings["lora_targets"])
+    t5 = tuple(given.pop("t5", ()))
+    return Saved(settings=Settings(**settings), t5=t5, **given)
   except (json.JSONDecodeError, KeyError, TypeError) as error:
     raise ValueError(
       f"{path} does not describe trained weights ({error!r}); export them again"

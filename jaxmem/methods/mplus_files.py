@@ -101,6 +101,7 @@ def load(
     raise ValueError(
       f"{directory} holds no MemoryLLM or M+ (its config.json has no num_blocks"
       "): give a checkpoint of one, such as WORKDIR/memory of experiments.mplus"
+      " (one of CMT, MAC or MBC, of experiments.cmt, has a memory.json)"
     )
   config, settings, lora = mplus_config.read(
     hf, ages=ages, rope_dtype=rope_dtype
