@@ -15,7 +15,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +27,9 @@ from jaxmem.evaluation import streams
 from jaxmem.memory import bank
 from jaxmem.memory import memory as memory_files
 from jaxmem.memory.memory import Memory
-from jaxmem.methods import base as base_model
-from jaxmem.methods import cmt, cmt_batches, cmt_files, cmt_learner
-from jaxmem.methods.chain import settings_key
+from jaxmem.methods import cmt_batches, cmt_learner, cmt_load
 from jaxmem.methods.cmt_batches import Reading
-from jaxmem.models import fingerprint, generate, huggingface
+from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import parallel
 from jaxmem.training.learners import compile_learner
@@ -42,16 +40,6 @@ _T5_TOKENS = 512  # of a document, for compressors without positions (MAC)
 _LARGEST_ID = 2**31 - 1
 
 
-class Loaded(NamedTuple):
-  """What does not move."""
-
-  saved: cmt_files.Saved  # what the trained weights say of themselves
-  model: cmt.Model
-  weights: cmt_learner.Weights
-  tokenizer: Any  # of the language model
-  asking: tuple[Any, Any]  # tokenizers of the compressors
-
-
 class BankModel:
   """A language model that answers from a bank of documents.
 
@@ -60,24 +48,14 @@ class BankModel:
     tokenizer: of the language model.
   """
 
-  def __init__(self, loaded: Loaded, mesh: Mesh):
+  def __init__(self, loaded: cmt_load.Loaded, mesh: Mesh):
     self.loaded, self.tokenizer, self._mesh = loaded, loaded.tokenizer, mesh
     self._learners: dict[Reading, streams.Learner] = {}
 
   @functools.cached_property
   def fingerprint(self) -> str:
-    """Method, and names of what decides what a vector of the bank means:
-    compressor, codebook and settings, and the weights that they run on."""
-    saved, model, params = *self.loaded[:2], self.loaded.weights.params
-    parts = ("compressor", "quantizer")
-    held = {name: params[name] for name in parts if name in params}
-    key = settings_key(
-      fingerprint.fingerprint(held),
-      saved.base,
-      {name: getattr(saved.settings, name) for name in cmt_files.FIXED},
-      model.document_t5,
-    )
-    return f"{saved.method} {key} on {saved.base}"
+    """Name of what decides what a vector of the bank means."""
+    return cmt_load.name(self.loaded)
 
   def start(self, capacity: int = 1024, *, seed: int = 0) -> Memory:
     """Make a memory without documents.
@@ -210,8 +188,8 @@ class BankModel:
     ids, held = [ids] if isinstance(ids, int) else list(ids), _held(state)
     if unknown := sorted(set(ids) - held):
       raise ValueError(
-        f"the memory holds no document {_listed(unknown)}: it has "
-        f"{len(held)}, {_listed(sorted(held))}"
+        f"the memory holds no document {_listed(unknown)}; it holds "
+        f"{_listed(sorted(held)) or 'none'}"
       )
     state = bank.delete(state, jnp.asarray(ids, jnp.int32))
     return Memory(state, self.fingerprint)
@@ -278,12 +256,11 @@ class BankModel:
 
   def _limit(self, given):
     """Tokens of a document, at most."""
-    model = self.loaded.model
+    model, own = self.loaded.model, self.loaded.saved.document_tokens
     if model.settings.compressor == "t5":
-      return given or self.loaded.saved.document_tokens or _T5_TOKENS
+      return (own or _T5_TOKENS) if given is None else given
     room = model.config.max_positions - model.settings.tokens
-    limit = self.loaded.saved.document_tokens or room
-    limit = limit if given is None else given
+    limit = (own or room) if given is None else given
     if limit > room:
       raise ValueError(
         f"max_document_tokens is {limit}; with {model.settings.tokens} memory "
@@ -369,65 +346,19 @@ def _listed(ids):
 
 
 def load(
-  directory: str | pathlib.Path,
-  *,
-  base: str | pathlib.Path | None = None,
-  t5: tuple[str, str] | None = None,
-  dtype: Any = None,
-  mesh: Mesh | None = None,
+  directory: str | pathlib.Path, *, mesh: Mesh | None = None, **options: Any
 ) -> BankModel:
   """Load trained CMT, MAC or MBC with its language model.
 
   Args:
     directory: one of `cmt_files.SHIPPED`, or WORKDIR/memory of experiments.cmt.
-    base: an embedded model, a Hugging Face directory or a hub id; None: the
-      one that the directory names.
-    t5: directories or hub ids of the T5s that compress documents and
-      questions, whose tokenizers are read; None: those that it names.
-    dtype: of the language model's weights; None: as in training, the only one
-      that goes with what was trained.
     mesh: spreads the language model; all else is whole on each device. None:
       the first device.
+    options: of `cmt_load.load` (base, t5, dtype).
 
   Raises:
-    ValueError: nothing trained there, no base model named, or one that it was
-      not trained on.
+    ValueError: see `cmt_load.load`.
   """
-  folder = pathlib.Path(cmt_files.find(directory))
-  saved = cmt_files.describe(folder)
-  base = base or saved.model
-  if not base:
-    raise ValueError(
-      f"{folder / cmt_files.SETTINGS_FILE} names no language model: give "
-      "base=, the one that it was trained on"
-    )
   if mesh is None:
     mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
-  found = base_model.load_on(
-    mesh, str(base), dtype=dtype or jnp.dtype(saved.dtype)
-  )
-  model = cmt.Model(
-    found.config, saved.settings, constrain=parallel.make_constrain(mesh)
-  )
-  asking = (found.tokenizer, found.tokenizer)
-  if saved.settings.compressor == "t5":
-    model, asking = _with_t5(folder, model, t5 or saved.t5)
-  params = cmt_files.load(
-    folder, model, found.weights, fingerprint.fingerprint(found.weights)
-  )
-  params = parallel.shard(params, mesh, parallel.REPLICATE)
-  weights = cmt_learner.Weights(found.weights, params)
-  return BankModel(Loaded(saved, model, weights, found.tokenizer, asking), mesh)
-
-
-def _with_t5(folder, model, paths):
-  """Give a model the configs of its T5s, whose weights are among the trained
-  ones, and read their tokenizers."""
-  if not paths:
-    raise ValueError(
-      f"{folder} has T5s as compressors and names none: give t5=(DOCUMENTS, "
-      "QUESTIONS), directories or hub ids with their config and tokenizer"
-    )
-  configs = [huggingface.load_config(path) for path in paths]
-  model = model._replace(document_t5=configs[0], question_t5=configs[1])
-  return model, tuple(huggingface.load_tokenizer(path) for path in paths)
+  return BankModel(cmt_load.load(directory, mesh, **options), mesh)

@@ -369,7 +369,7 @@ def load(
     capacity: long-term slots in each layer of a memory of M+; None: as many as
       are ever needed. With fewer, the rows that came first are overwritten.
     options: of `mplus_files.load` (keep_key_value, ages, rope_dtype), or of
-      `bank_facade.load` (base, t5).
+      `cmt_load.load` (base, t5).
 
   Raises:
     ValueError: see these two, no tokenizer, too few slots, or slots of a bank,

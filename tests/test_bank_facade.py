@@ -234,7 +234,7 @@ def test_mistakes_are_named(lm, written, trained, base):
     (lambda: lm.write(lm.start(2), TEXTS), "2 documents found no free slot"),
     (lambda: lm.write(written, "w1", policy="lifo"), "policy is 'lifo'"),
     (lambda: lm.answer(written, " "), "is empty"),
-    (lambda: lm.answer(written, "w1 " * 80), "the longest question has 84"),
+    (lambda: lm.answer(written, "w1 " * 80), "the longest question has 85"),
     (lambda: lm.answer(written, ASK, retrieved=9), "of a bank of 8 documents"),
     (lambda: lm.answer(written, ASK, min_match=2), "min_match is 2"),
     (
@@ -243,7 +243,7 @@ def test_mistakes_are_named(lm, written, trained, base):
       ),
       "method='sample'",
     ),
-    (lambda: lm.delete(written, 4), "no document 4: it has 4, 0, 1, 2, 3"),
+    (lambda: lm.delete(written, 4), "no document 4; it holds 0, 1, 2, 3"),
     (lambda: lm.start(0), "capacity is 0"),
     (lambda: jaxmem.load(trained("cmt", model="")), "give base="),
     (lambda: jaxmem.load(base), "has a memory.json"),

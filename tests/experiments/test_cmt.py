@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+import jaxmem
 from experiments import cmt as experiment
 from experiments import cmt_ladders, sweep
 from jaxmem import config as configs
@@ -168,6 +169,11 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
   )  # fmt: skip
   experiment.run(again, tmp_path / "again", never)
   assert _answers(tmp_path / "again") == text
+
+  # In Python the directory says all that is needed.
+  saved = jaxmem.load(tmp_path / "whole" / "memory").loaded.saved
+  assert saved.model == str(model_dir) and saved.dtype == "float32"
+  assert saved.chat and saved.document_tokens == 24
   result = json.loads((tmp_path / "again" / "result.json").read_text())
   assert result["min_match"] == -0.99, "what was asked with, not the file's"
 

@@ -11,7 +11,9 @@ from tests.methods import small
 from tests.methods.test_cmt import model_of, params_of
 
 MODEL = model_of()
-SAVED = cmt_files.Saved("cmt", MODEL.settings, "base")
+SAVED = cmt_files.Saved(
+  "cmt", MODEL.settings, "base", 0.5, "nano", "bfloat16", ("a", "b"), False, 7
+)
 
 
 def load(folder, model=MODEL, base="base"):
