@@ -121,7 +121,7 @@ class BankModel:
     questions: str | Sequence[str],
     *,
     retrieved: int | None = None,
-    min_match: float | None = None,
+    min_match: float | int | None = None,
     chat: bool | None = None,
     settings: GenerateSettings | None = None,
   ) -> list[str]:

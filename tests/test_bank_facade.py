@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -214,9 +215,9 @@ def test_t5_compressors(base, tmp_path):
   small.tokenizer().save_pretrained(tmp_path / "t5")
   lm = jaxmem.load(tmp_path / "memory", t5=(tmp_path / "t5", tmp_path / "t5"))
   memory = lm.write(lm.start(2), TEXTS[:1])
-  ids = np.asarray([lm.tokenizer(TEXTS[0])["input_ids"]])
+  ids = jnp.asarray([lm.tokenizer(TEXTS[0])["input_ids"]])
   want = cmt.compress(
-    model, small.params(), params, cmt.Texts(ids, np.ones_like(ids, bool))
+    model, small.params(), params, cmt.Texts(ids, jnp.ones_like(ids, bool))
   )
   np.testing.assert_allclose(memory.arrays.memories[:1], want, atol=1e-5)
 
