@@ -5,8 +5,8 @@
   memory = lm.write(memory, ["Doro Ingwell plays the violin."])
   lm.answer(memory, ["Which instrument does Doro Ingwell play?"])
 
-As with `facade.MemoryModel` a memory is a value: it goes in and a new one comes
-out, and the old one is a snapshot. Here it is a bank, an entry for each
+As with `pool_facade.MemoryModel` a memory is a value: it goes in and a new one
+comes out, and the old one is a snapshot. Here it is a bank, an entry for each
 document, which has a number and can be deleted by it.
 """
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import jaxmem
-from jaxmem import facade
+from jaxmem import pool_facade
 from jaxmem.methods import memoryllm, mplus, mplus_files
 from jaxmem.models import chat, generate
 from jaxmem.models.generate_settings import GenerateSettings
@@ -126,7 +126,9 @@ def test_statistics_are_of_each_memory(lm):
       size = getattr(getattr(alone, name), field)
       assert getattr(getattr(found, name), field) == size
   assert found.pool.capacity == 8 and found.store.capacity == 64
-  assert found.pool.writes.tolist() == [0, 1]
+  ids = lm.tokenizer(TEXTS[0])["input_ids"]
+  parts = memoryllm.chunks(lm.loaded.model.settings, ids)
+  assert found.pool.writes.tolist() == [0, len(parts)]
   assert found.store.fill.shape == (2, 2)
   np.testing.assert_array_equal(found.store.fill[0], alone.store.fill[0])
   assert (found.store.fill[1] > found.store.fill[0]).all()
@@ -179,7 +181,7 @@ def test_the_tokenizer_of_another_model(lm):
   )
   model = lm.loaded.model._replace(config=config)
   with pytest.raises(ValueError, match=r"no id \[70\].*vocab_size=80"):
-    facade.MemoryModel(lm.loaded._replace(model=model), small.tokenizer())
+    pool_facade.MemoryModel(lm.loaded._replace(model=model), small.tokenizer())
 
 
 def test_no_device_holds_the_whole_store(directory, tmp_path):
