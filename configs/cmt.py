@@ -304,17 +304,16 @@ def _tiny(config: ConfigDict) -> None:
 def _tiny_stages(config: ConfigDict) -> None:
   """From one memory to many to choose among."""
   config.order = (
-    "one", "copy", "own", "many", "short", "pair", "half", "whole", "eight",
-    "sixteen", "all",
+    "one", "own", "many", "short", "pair", "half", "whole", "eight", "sixteen",
+    "all",
   )  # fmt: skip
-  # CMT: one memory as it is, then an aggregator that gives the same, then read
-  # through it, then many. To tell the text, too, is what lets values of two
-  # tokens be learned soon: without it a seed waits for them 200 to 900 steps.
+  # CMT: one memory as it is, then through the aggregator, then many. `copy`,
+  # in between, teaches the aggregator to give the same; see docs/cmt.md.
   alone = {
     "only": ("cmt",), "questions": 4, "no_aggregate": True, "alpha": 0.0,
     "beta": 0.1,
   }  # fmt: skip
-  config.stages.one = _stage(steps=800, reconstruct=0.5, **alone)
+  config.stages.one = _stage(steps=600, **alone)
   config.stages.copy = _stage(steps=200, imitate=1.0, **alone)
   config.stages.own = _stage(steps=150, only=("cmt",), retrieved=1)
   config.stages.many = _stage(
