@@ -165,9 +165,10 @@ def test_mbc_answers_from_its_file(files, tmp_path, monkeypatch):
   assert adapter["scale"].ravel().tolist() == [2.0, 2.0]
   # What compare takes.
   saved = cmt_files.describe(tmp_path / "memory")
-  assert saved == cmt_files.Saved(
-    "mbc", cmt_setup.make_settings(config), result["base"]
-  )
+  settings = cmt_setup.make_settings(config)
+  assert saved[:3] == ("mbc", settings, result["base"])
+  assert saved.document_tokens == config.data.document_tokens
+  assert len(saved.t5) == 2 and not saved.chat
 
 
 @pytest.mark.parametrize(
