@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from experiments.cmt import LADDER_FILE
-from experiments.runs import Row, find_runs, group, label_keys, make_parser
+from experiments.runs import Row, write_sections
 from jaxmem.evaluation.streams import Result
 from jaxmem.methods import cmt_streams
 
@@ -35,30 +35,13 @@ def section(row: Row) -> str:
       )
     found = json.loads(path.read_text())
     ladders.append({name: Result(**x) for name, x in found.items()})
-  late = len(row.runs) - len(row.done)
-  title = f"{row.name}: {len(row.done)} runs"
-  title += f", {late} not done" if late else ""
-  notes = sorted({run.note for run in row.done if run.note})
-  title += f" ({'; '.join(notes)})" if notes else ""
   body = f"\n{cmt_streams.table(ladders)}" if ladders else ""
-  return f"## {title}\n{body}"
+  return f"## {row.title}\n{body}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the command line; return its exit status, 2 for bad input."""
-  flags = make_parser(__doc__).parse_args(argv)
-  output = flags.output or flags.roots[0] / "report"
-  try:
-    runs = find_runs(flags.roots)
-    rows = group(runs, label_keys(runs, flags.ignore.split(",")))
-    text = "\n".join(map(section, rows))
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  output.mkdir(parents=True, exist_ok=True)
-  (output / OUTPUT_FILE).write_text(text)
-  print(f"{text}\n{output / OUTPUT_FILE}")
-  return 0
+  return write_sections(__doc__, section, OUTPUT_FILE, argv)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,7 @@ Writes learners.md to --output.
 import sys
 from collections.abc import Sequence
 
-from experiments.runs import (
-  NONE,
-  Row,
-  find_runs,
-  group,
-  label_keys,
-  make_parser,
-)
+from experiments.runs import NONE, Row, write_sections
 from jaxmem.evaluation import markdown, statistics
 from jaxmem.evaluation.stream_report import QUALITY
 
@@ -37,13 +30,8 @@ def section(row: Row) -> str:
   Raises:
     ValueError: a run of another experiment.
   """
-  late = len(row.runs) - len(row.done)
-  title = f"{row.name}: {len(row.done)} runs"
-  title += f", {late} not done" if late else ""
-  notes = sorted({run.note for run in row.done if run.note})
-  title += f" ({'; '.join(notes)})" if notes else ""
   if not row.done:
-    return f"## {title}\n"
+    return f"## {row.title}\n"
   found = [_learners(run) for run in row.done]
   shared = [name for name in found[0] if all(name in x for x in found)]
   others = sorted({name for x in found for name in x} - set(shared))
@@ -54,7 +42,7 @@ def section(row: Row) -> str:
   }
   used = [c for c in COLUMNS if any(values[name, c] for name in shared)]
   lines = [[name, *(_cell(values[name, c]) for c in used)] for name in shared]
-  text = f"## {title}\n\n{markdown.table(['learner', *used], lines)}"
+  text = f"## {row.title}\n\n{markdown.table(['learner', *used], lines)}"
   return text + (f"\nNot in all: {', '.join(others)}.\n" if others else "")
 
 
@@ -82,19 +70,7 @@ def _learners(run):
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Run the command line; return its exit status, 2 for bad input."""
-  flags = make_parser(__doc__).parse_args(argv)
-  output = flags.output or flags.roots[0] / "report"
-  try:
-    runs = find_runs(flags.roots)
-    rows = group(runs, label_keys(runs, flags.ignore.split(",")))
-    text = "\n".join(map(section, rows))
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  output.mkdir(parents=True, exist_ok=True)
-  (output / OUTPUT_FILE).write_text(text)
-  print(f"{text}\n{output / OUTPUT_FILE}")
-  return 0
+  return write_sections(__doc__, section, OUTPUT_FILE, argv)
 
 
 if __name__ == "__main__":

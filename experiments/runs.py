@@ -10,7 +10,8 @@ import collections
 import fnmatch
 import json
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.sweep import POINT_FILE, RESULT_FILE
@@ -51,6 +52,19 @@ class Row(NamedTuple):
       if value not in (NONE, self.usual.get(key))
     ]
     return ", ".join(f"{k}={v}" for k, v in pairs) or BASELINE
+
+  @property
+  def title(self) -> str:
+    """Its name, how many runs are done, and what must be said of them."""
+    late = len(self.runs) - len(self.done)
+    notes = sorted({run.note for run in self.done if run.note})
+    return "".join(
+      (
+        f"{self.name}: {len(self.done)} runs",
+        f", {late} not done" if late else "",
+        f" ({'; '.join(notes)})" if notes else "",
+      )
+    )
 
   @property
   def done(self) -> list[Run]:
@@ -152,6 +166,37 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
     Row(dict(zip(keys, labels, strict=True)), members, usual)
     for labels, members in rows.items()
   ]
+
+
+def write_sections(
+  doc: str,
+  section: Callable[[Row], str],
+  file: str,
+  argv: Sequence[str] | None = None,
+) -> int:
+  """Run a command line that writes a section of text for each row.
+
+  Args:
+    doc: of the command, for --help.
+    section: may raise ValueError, of a run that is not what it reads.
+    file: name of what is written, in --output.
+    argv: the words; None: the program's own.
+
+  Returns: the exit status, 2 for bad input.
+  """
+  flags = make_parser(doc).parse_args(argv)
+  output = flags.output or flags.roots[0] / "report"
+  try:
+    runs = find_runs(flags.roots)
+    rows = group(runs, label_keys(runs, flags.ignore.split(",")))
+    text = "\n".join(map(section, rows))
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  output.mkdir(parents=True, exist_ok=True)
+  (output / file).write_text(text)
+  print(f"{text}\n{output / file}")
+  return 0
 
 
 def _runs_below(root):
