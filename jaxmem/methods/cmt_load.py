@@ -7,10 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxmem.methods import base as base_model
-from jaxmem.methods import cmt, cmt_files
+from jaxmem.methods import cmt, cmt_files, cmt_t5
 from jaxmem.methods.chain import settings_key
 from jaxmem.methods.cmt_learner import Weights
-from jaxmem.models import huggingface
 from jaxmem.models.fingerprint import fingerprint
 from jaxmem.training import parallel
 
@@ -82,9 +81,9 @@ def _with_t5(folder, model, paths):
       f"{folder} has T5s as compressors and names none: give t5=(DOCUMENTS, "
       "QUESTIONS), directories or hub ids with their config and tokenizer"
     )
-  configs = [huggingface.load_config(path) for path in paths]
-  model = model._replace(document_t5=configs[0], question_t5=configs[1])
-  return model, tuple(huggingface.load_tokenizer(path) for path in paths)
+  named = dict(zip(("documents", "questions"), paths, strict=True))
+  (documents, questions), _, asking = cmt_t5.load(named, weights=False)
+  return model._replace(document_t5=documents, question_t5=questions), asking
 
 
 def name(loaded: Loaded) -> str:

@@ -10,7 +10,7 @@ from jaxmem.models.encoder_decoder_config import EncoderDecoderConfig
 
 
 def load(
-  paths: ConfigDict, *, weights: bool = True
+  paths: ConfigDict | dict[str, Any], *, weights: bool = True
 ) -> tuple[tuple[EncoderDecoderConfig, ...], Any, tuple[Any, ...]]:
   """Load both.
 
