@@ -109,6 +109,7 @@ def _of_method() -> ConfigDict:
         "alpha": 0.5,  # as in context-aware decoding; the paper does not say
         "memory_aware": "train+decode",  # or train, decode, off; our reading
         "beta": 0.1,  # our reading
+        "slotted": False,  # aggregation by slots; our choice
         "score_weight": 0.0,  # of the match in the attention; the paper: none
         "retrieved": 16,  # documents a question draws on; our reading
       },
@@ -280,7 +281,9 @@ def _tiny(config: ConfigDict) -> None:
       "match": "softmax",  # the paper's loss: configs/cmt_ablations.py
     }
   )  # fmt: skip
-  config.of_method.cmt.update({"tokens": 8, "beta": 0.3, "score_weight": 10.0})
+  config.of_method.cmt.update(
+    {"tokens": 8, "beta": 0.3, "score_weight": 10.0, "slotted": True}
+  )
   config.of_method.mac.tokens = 8
   config.of_method.mbc.update(
     {"tokens": 8, "kv_lora_rank": 4, "kv_lora_alpha": 8.0}
@@ -304,20 +307,17 @@ def _tiny(config: ConfigDict) -> None:
 def _tiny_stages(config: ConfigDict) -> None:
   """From one memory to many to choose among."""
   config.order = (
-    "one", "own", "many", "short", "pair", "half", "whole", "eight", "sixteen",
-    "all",
+    "one", "many", "short", "pair", "half", "whole", "eight", "sixteen", "all",
   )  # fmt: skip
-  # CMT: one memory as it is, then through the aggregator, then many. `copy`,
-  # in between, teaches the aggregator to give the same; see docs/cmt.md.
-  alone = {
-    "only": ("cmt",), "questions": 4, "no_aggregate": True, "alpha": 0.0,
-    "beta": 0.1,
-  }  # fmt: skip
-  config.stages.one = _stage(steps=600, **alone)
-  config.stages.copy = _stage(steps=200, imitate=1.0, **alone)
-  config.stages.own = _stage(steps=150, only=("cmt",), retrieved=1)
+  # CMT: one memory as it is, which also tells its text (from answers alone a
+  # value's second token is learned late or never), then many to choose among.
+  # No questions on known facts: eval.min_match keeps these.
+  config.stages.one = _stage(
+    steps=600, only=("cmt",), questions=4, no_aggregate=True, alpha=0.0,
+    beta=0.1, reconstruct=0.5,
+  )  # fmt: skip
   config.stages.many = _stage(
-    steps=450, only=("cmt",), rows=16, asked=2, keep=0.5, known=1, retrieved=16
+    steps=1250, only=("cmt",), rows=16, asked=2, keep=0.5, retrieved=16
   )
   # MAC and MBC begin by choosing among documents of one fact. That is not
   # learned from answers alone (2,000 steps of `pair`: half of them right, as

@@ -23,20 +23,16 @@ def get_sweep() -> list[Point]:
     # The paper's ablations (2) and (3), and its loss in place of ours; (4), no
     # top-k, is a rung of every run's ladder.
     [{"of_method.cmt.memory_aware": "off"}],
-    [
-      {
-        "of_method.cmt.beta": 0.0,
-        "stages.one.beta": 0.0,
-        "stages.copy.beta": 0.0,
-      }
-    ],
+    [{"of_method.cmt.beta": 0.0, "stages.one.beta": 0.0}],
     [{"memory.match": "self"}],
     # Ours.
     [{"of_method.cmt.score_weight": 0.0}],
+    [{"of_method.cmt.slotted": False}],
+    [{"stages.one.reconstruct": 0.0}],
     [{"memory.aligned_start": False}],
     [{"of_method.cmt.alpha": alpha} for alpha in (0.25, 1.0)],
     [{"of_method.cmt.tokens": tokens} for tokens in (1, 2, 4)],
-    [{"stages.many.known": 0}],
+    [{"stages.many.known": 1}],
     # A tenth of the documents on known people, against what is known.
     [{"stages.many.conflicts": 0.1}],
     [{"stages.many.retrieved": 0}],

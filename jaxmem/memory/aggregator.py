@@ -5,12 +5,17 @@ Every block b changes the question's C vectors X, never the memories Z:
   X <- X + O_b softmax(Q_b LN(X) (K_b LN(Z))^T / sqrt(H)) V_b LN(Z)
   X <- X + W2_b gelu(W1_b LN(X))
 
-Nothing says which document a row of Z belongs to or where it stands, so the
-order of documents does not matter. Since Z stays as it is, its keys and values
-can be kept from question to question (`project`).
+Nothing says which document a row of Z belongs to, so the order of documents
+does not matter. Since Z stays as it is, its keys and values can be kept from
+question to question (`project`).
 Source: MAC's code (arXiv 2403.04317; jihoontack/MAC), models/module/
 aggregate.py and cross_attention.py. CMT (arXiv 2412.07393) has such a network
 between memories and question; its inside is not known, so it is MAC's here.
+
+With "slots" (our choice) a vector's place c among the C of its text counts: S_b
+is added to queries and T_b to keys, one vector for each place, and the first
+line's X becomes r_b X. So a block can hand on what it finds: r_b of 0, and S_b
+and T_b that pair equal places, make of one document that document's memory.
 
 Float32 in norms and softmax whatever the dtypes of question and memories are.
 Axes: C vectors of the question, P documents, M memory vectors of all of them,
@@ -45,6 +50,7 @@ def init(
   heads: int,
   head_dim: int,
   hidden: int | None = None,
+  tokens: int | None = None,
   rng: jax.Array,
 ) -> dict[str, Any]:
   """Draw an aggregator; maps are uniform in +-1/sqrt(inputs), as in MAC.
@@ -53,19 +59,23 @@ def init(
     width: D.
     blocks, heads, head_dim: L, N and H; MAC has 4, 8 and 96 at any width.
     hidden: F; None is MAC's: D, and at most 768.
+    tokens: C, for an aggregator with "slots"; None: without, as MAC's.
     rng: consumed once.
 
   Returns: leaves lead with L, float32. "norm_query", "norm_memory" and
     "norm_mlp" have "scale" and "bias" [L, D]; "query", "key" and "value" have
     "kernel" [L, D, N, H]; "out" has "kernel" [L, N, H, D] and "bias"; "up" and
-    "down" have "kernel" [L, in, out] and "bias" [L, out].
+    "down" have "kernel" [L, in, out] and "bias" [L, out]. "slots" has "query"
+    and "key" [L, C, N, H], zeros, and "residual" [L], ones: as without.
 
   Raises:
     ValueError: a size below 1.
   """
   hidden = min(width, _WIDEST) if hidden is None else hidden
   sizes = {"blocks": blocks, "heads": heads, "head_dim": head_dim}
-  for name, size in (sizes | {"hidden": hidden, "width": width}).items():
+  sizes |= {"hidden": hidden, "width": width}
+  sizes |= {} if tokens is None else {"tokens": tokens}
+  for name, size in sizes.items():
     if size < 1:
       raise ValueError(f"aggregator {name} is {size}; at least 1")
   into, inner = (width, heads, head_dim), heads * head_dim
@@ -96,6 +106,13 @@ def init(
       params[name]["bias"] = jax.random.uniform(
         keys[1], (blocks, bias), **given
       )
+  if tokens is not None:
+    places = jnp.zeros((blocks, tokens, heads, head_dim))
+    params["slots"] = {
+      "query": places,
+      "key": places,
+      "residual": jnp.ones(blocks),
+    }
   return params
 
 
@@ -107,12 +124,17 @@ def project(
   They depend on `params` and the row alone: where parameters are fixed, keep
   them and add those of new rows.
 
+  Args:
+    memories: with "slots" all C vectors of each document, one document after
+      the other.
+
   Returns: in the dtype of `memories`.
 
   Raises:
-    ValueError: memories of another width.
+    ValueError: memories of another width, or of another number than C each.
   """
   _check_width("memories", memories, params)
+  often = _documents(params, "memories", memories)
   rows = jax.nn.standardize(memories.astype(jnp.float32), algorithm="stable")
 
   def one(block):
@@ -120,10 +142,17 @@ def project(
     kernels = (
       block[n]["kernel"].astype(normed.dtype) for n in ("key", "value")
     )
-    return Projected(*(jnp.einsum("MD,DNH->NMH", normed, k) for k in kernels))
+    key, value = (jnp.einsum("MD,DNH->NMH", normed, k) for k in kernels)
+    if "slots" in block:
+      places = jnp.tile(block["slots"]["key"].swapaxes(0, 1), (1, often, 1))
+      key = key + places.astype(key.dtype)
+    return Projected(key, value)
 
   # One block after the other, so that normed rows are held for one.
-  return jax.lax.map(one, {name: params[name] for name in _OF_MEMORY})
+  used = {
+    name: params[name] for name in (*_OF_MEMORY, "slots") if name in params
+  }
+  return jax.lax.map(one, used)
 
 
 def attend(
@@ -151,10 +180,11 @@ def attend(
   Returns: in the dtype of `question`.
 
   Raises:
-    ValueError: chunk below 1, a question of another width, or rows and `valid`
-      of unequal number.
+    ValueError: chunk below 1, a question of another width or, with "slots", of
+      other than C vectors, or rows and `valid` of unequal number.
   """
   _check_width("question", question, params)
+  _documents(params, "question", question, exactly=1)
   if chunk is not None and chunk < 1:
     raise ValueError(f"chunk is {chunk}; at least 1 row, or None for all")
   if projected.key.shape[2] != valid.shape[0]:
@@ -166,6 +196,9 @@ def attend(
   def block(x, scanned):
     layer, rows = scanned
     query = _heads(_normed(layer["norm_query"], x), layer["query"])
+    if places := layer.get("slots"):
+      query = query + places["query"].astype(query.dtype)
+      x = x * places["residual"].astype(x.dtype)
     found = _read(query, rows, valid, bias, chunk).astype(x.dtype)
     kernel = layer["out"]["kernel"].astype(x.dtype)
     x = x + jnp.einsum("CNH,NHD->CD", found, kernel)
@@ -298,6 +331,21 @@ def _check_width(name, rows, params):
       f"{name} have width {rows.shape[-1]}, the aggregator {width}; make it "
       "for the width of the memories"
     )
+
+
+def _documents(params, name, rows, exactly=None):
+  """How many documents the rows are; 1 where places do not count."""
+  if "slots" not in params:
+    return 1
+  tokens = params["slots"]["key"].shape[1]
+  number, rest = divmod(rows.shape[0], tokens)
+  if rest or number != (exactly or number):
+    raise ValueError(
+      f"{name} have {rows.shape[0]} vectors, the aggregator has slots for "
+      f"{tokens} of each text: give all of a text's vectors, or train an "
+      "aggregator for their number"
+    )
+  return number
 
 
 def _read(query, rows, valid, bias, chunk):

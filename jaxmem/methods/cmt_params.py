@@ -1,5 +1,6 @@
 """Parameters of CMT, MAC and MBC: how they start, and how they are trained."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,9 @@ from jaxmem.models import encoder_decoder
 from jaxmem.training import optimizer
 
 _NAMES = ("compressor", "question", "aggregator", "injector", "codes", "lora")
+# What places that are equal add to a score at first: more than likeness can,
+# which is up to some 20 where most of a vector lies in one head.
+_PAIRED = 30.0
 
 
 def init(
@@ -97,6 +101,7 @@ def _aggregator(settings, width, rng):
     blocks=settings.blocks,
     heads=settings.heads,
     head_dim=settings.head_dim,
+    tokens=settings.tokens if settings.slotted else None,
     rng=rng,
   )
   return align(params) if settings.aligned_start else params
@@ -109,10 +114,13 @@ def align(params: dict[str, Any]) -> dict[str, Any]:
   that a question's vector gets the mean of the memories, weighted by their
   likeness to it; everything else adds nothing yet. Source: our choice, by
   which a small model learns to choose among memories from the first step on,
-  where random weights leave it at chance for hundreds.
+  where random weights leave it at chance for hundreds. With "slots" the first
+  block pairs equal places and hands on what it finds in place of the question,
+  so that one document's memory comes out as it went in, but for its norms.
 
   Raises:
-    ValueError: heads that do not make up the width together.
+    ValueError: heads that do not make up the width together, or fewer entries
+      in a head than there are places.
   """
   width, heads, size = params["query"]["kernel"].shape[1:]
   if heads * size != width:
@@ -130,6 +138,19 @@ def align(params: dict[str, Any]) -> dict[str, Any]:
   kernel = silent["out"]["kernel"]
   first = identity.reshape(kernel.shape[1:])
   silent["out"]["kernel"] = kernel.at[0].set(first)
+  if slots := params.get("slots"):
+    tokens = slots["key"].shape[1]
+    if tokens > size:
+      raise ValueError(
+        f"an aligned start with slots needs head_dim (given {size}) to be no "
+        f"less than tokens ({tokens})"
+      )
+    # Products of equal places are _PAIRED above the others.
+    place = math.sqrt(_PAIRED * math.sqrt(size)) * jnp.eye(tokens, size)
+    paired = {
+      name: slots[name].at[0].set(place[:, None]) for name in ("query", "key")
+    }
+    silent["slots"] = paired | {"residual": slots["residual"].at[0].set(0.0)}
   return out | silent
 
 

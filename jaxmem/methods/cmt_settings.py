@@ -39,6 +39,7 @@ class Settings:
   heads: int = 8
   head_dim: int = 96
   aligned_start: bool = False  # see `cmt_params.align`
+  slotted: bool = False  # the aggregator has "slots"; our choice, MAC: False
   # What a document's match with the question, in [-1, 1], adds to the attention
   # scores of its vectors, times this; 0: nothing (MAC). Our choice: so the
   # aggregator need not learn anew which document is meant.

@@ -39,6 +39,7 @@ TINY = {
   "memory.lora_rank": 2,
   "of_method.cmt.tokens": 2,
   "of_method.mac.tokens": 2,
+  "stages.many.known": 1,
   "stages.many.rows": 1,
   "stages.many.steps": 4,
   "stages.many.retrieved": 2,

@@ -21,8 +21,10 @@ def _draw(seed, *shape):
 
 
 @functools.cache
-def _params():
-  sizes = {"blocks": BLOCKS, "heads": HEADS, "head_dim": SIZE}
+def _params(tokens=None):
+  sizes = {
+    "blocks": BLOCKS, "heads": HEADS, "head_dim": SIZE, "tokens": tokens
+  }  # fmt: skip
   init = jax.jit(lambda rng: aggregator.init(D, **sizes, rng=rng))
   drawn = init(jax.random.key(0))
   # Norms at their start would hide which of them is used.
@@ -169,6 +171,54 @@ def test_kept_projections_serve_many_questions():
   np.testing.assert_allclose(got, want, **CLOSE)
 
 
+def test_slots():
+  """A vector's place counts: in the equations, their gradients, chunks, kept
+  projections and groups; the order of documents still does not."""
+  params = _params(tokens=C)
+  rows = np.asarray(MEMORIES.reshape(-1, D), np.float64)
+  live, bias = np.repeat(VALID, C), np.repeat(np.asarray(BIAS), C)
+
+  def loss(params, question, memories, chunk=None):
+    out = _with(params, question, memories, VALID, BIAS, chunk)
+    return jnp.square(out).sum(), out
+
+  grad = jax.jit(
+    jax.grad(loss, argnums=(0, 1, 2), has_aux=True), static_argnums=3
+  )
+  got, out = grad(params, QUESTION, MEMORIES, None)
+  want = reference.aggregate(params, QUESTION, rows, live, bias)
+  np.testing.assert_allclose(out, want, **CLOSE)
+  chunked, _ = grad(params, QUESTION, MEMORIES, 3)
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
+  jax.tree.map(close, chunked, got)
+
+  def by_equation(params, question, memories):
+    rows = memories.reshape(-1, D)
+    out = reference.aggregate(params, question, rows, live, bias)
+    return np.square(out).sum()
+
+  assert_gradients(got, by_equation, params, QUESTION, MEMORIES)
+  order = jnp.array([3, 1, 4, 0, 2])
+  other = _with(params, QUESTION, MEMORIES[order], VALID[order], BIAS[order])
+  np.testing.assert_allclose(other, out, **CLOSE)
+  turned = _with(params, QUESTION, MEMORIES[:, ::-1], VALID, BIAS)
+  assert np.abs(turned - out).max() > 1e-2
+  grouped = aggregator.hierarchical(params, QUESTION, MEMORIES, VALID, window=P)
+  every = _with(params, QUESTION, MEMORIES, VALID, jnp.zeros(P))
+  np.testing.assert_allclose(grouped, every, **CLOSE)
+
+
+def test_new_slots_change_nothing():
+  sizes = {"blocks": 1, "heads": HEADS, "head_dim": SIZE}
+  sizes["rng"] = jax.random.key(0)
+  new = aggregator.init(D, tokens=C, **sizes)
+  plain = aggregator.init(D, **sizes)
+  assert new["slots"]["key"].shape == (1, C, HEADS, SIZE)
+  run = functools.partial(aggregator.aggregate, question=QUESTION,
+                          memories=MEMORIES, valid=VALID)  # fmt: skip
+  np.testing.assert_array_equal(run(new), run(plain))
+
+
 def test_in_16_bits_close_to_float32():
   half = [x.astype(jnp.bfloat16) for x in (QUESTION, MEMORIES)]
   got = _run(*half, VALID)
@@ -252,6 +302,11 @@ def test_errors():
   rows = aggregator.Projected(*(jnp.zeros((BLOCKS, HEADS, 2, SIZE)),) * 2)
   with pytest.raises(ValueError, match="valid has 5 entries, memory 2"):
     aggregator.attend(_params(), QUESTION, rows, VALID)
+  slotted = _params(tokens=C)
+  with pytest.raises(ValueError, match="memories have 3 vectors.*slots for 2"):
+    aggregator.project(slotted, MEMORIES.reshape(-1, D)[:3])
+  with pytest.raises(ValueError, match="question have 4 vectors.*slots for 2"):
+    aggregator.aggregate(slotted, MEMORIES[:2].reshape(-1, D), MEMORIES, VALID)
   call = functools.partial(
     aggregator.hierarchical, _params(), QUESTION, MEMORIES, VALID
   )

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmem.data.memory_rows import MemoryRows, Texts
+from jaxmem.memory import aggregator
 from jaxmem.methods import (
   cmt,
   cmt_codebook,
@@ -349,6 +350,23 @@ def test_aligned_start_looks_up_by_likeness():
     cmt_params.init(
       model_of(aligned_start=True), small.params(), rng=jax.random.key(0)
     )
+
+
+def test_aligned_start_with_slots_hands_on_one_documents_memory():
+  """Whatever the question: it comes out as it went in, but for its norms."""
+  settings = {"aligned_start": True, "slotted": True, "heads": 2, "head_dim": 8}
+  params = cmt_params.init(
+    model_of(**settings), small.params(), rng=jax.random.key(0)
+  )["aggregator"]
+  rng = np.random.default_rng(0)
+  question, memory = jnp.asarray(rng.normal(size=(2, 3, 16)) * 6, jnp.float32)
+  out = aggregator.aggregate(params, question, memory[None], jnp.ones(1, bool))
+  np.testing.assert_allclose(out, jax.nn.standardize(memory), atol=1e-3)
+  with pytest.raises(ValueError, match="given 1. to be no less than tokens"):
+    cmt_params.init(
+      model_of(**settings | {"heads": 16, "head_dim": 1}), small.params(),
+      rng=jax.random.key(0),
+    )  # fmt: skip
 
 
 def test_what_drops_in_training():

@@ -15,20 +15,30 @@ def gelu(x):
   return np.array([v * 0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
 
 
-def attend(block, x, memories, live, bias):
-  """What one vector x finds in the live rows; zeros where there are none."""
+def attend(block, x, place, memories, live, bias):
+  """What one vector x finds in the live rows; zeros where there are none.
+
+  x stands at `place` among its text's vectors, rows of memories in turn.
+  """
   _, heads, size = block["query"]["kernel"].shape
   query = np.einsum(
     "d,dnh->nh", norm(x, block["norm_query"]), block["query"]["kernel"]
   )
+  slots = block.get("slots")
+  if slots:
+    query = query + slots["query"][place]
   found = np.zeros((heads, size))
   for n in range(heads):
     weights, values = [], []
-    for row, alive, extra in zip(memories, live, bias, strict=True):
+    for number, (row, alive, extra) in enumerate(
+      zip(memories, live, bias, strict=True)
+    ):
       if not alive:
         continue
       normed = norm(row, block["norm_memory"])
       key = normed @ block["key"]["kernel"][:, n]
+      if slots:
+        key = key + slots["key"][number % len(slots["key"]), n]
       values.append(normed @ block["value"]["kernel"][:, n])
       weights.append(math.exp(query[n] @ key / math.sqrt(size) + extra))
     for weight, value in zip(weights, values, strict=True):
@@ -46,8 +56,10 @@ def aggregate(params, question, memories, live, bias=None):
       for name, leaves in params.items()
     }
     rows = []
-    for vector in x:
-      found = attend(block, vector, memories, live, bias)
+    for place, vector in enumerate(x):
+      found = attend(block, vector, place, memories, live, bias)
+      if "slots" in block:
+        vector = vector * block["slots"]["residual"]
       vector = vector + np.einsum("nh,nhd->d", found, block["out"]["kernel"])
       vector = vector + block["out"]["bias"]
       inner = norm(vector, block["norm_mlp"]) @ block["up"]["kernel"]
