@@ -313,11 +313,11 @@ def _tiny_stages(config: ConfigDict) -> None:
   # value's second token is learned late or never), then many to choose among.
   # No questions on known facts: eval.min_match keeps these.
   config.stages.one = _stage(
-    steps=600, only=("cmt",), questions=4, no_aggregate=True, alpha=0.0,
+    steps=1000, only=("cmt",), questions=4, no_aggregate=True, alpha=0.0,
     beta=0.1, reconstruct=0.5,
   )  # fmt: skip
   config.stages.many = _stage(
-    steps=1250, only=("cmt",), rows=16, asked=2, keep=0.5, retrieved=16
+    steps=850, only=("cmt",), rows=16, asked=2, keep=0.5, retrieved=16
   )
   # MAC and MBC begin by choosing among documents of one fact. That is not
   # learned from answers alone (2,000 steps of `pair`: half of them right, as
