@@ -26,6 +26,7 @@ MAY_IMPORT = {
   "jaxmem.launch": ("jaxmem.config", "jaxmem.training.logging"),
   "jaxmem.adapters": ("jaxmem.adapters",),
   "jaxmem.memory": (),
+  "jaxmem.memory.hierarchy": ("jaxmem.memory.aggregator",),  # its second half
   "jaxmem.models": ("jaxmem.models", "jaxmem.adapters"),
   "jaxmem.data": ("jaxmem.data",),
   "jaxmem.training": ("jaxmem.training", "jaxmem.data", "jaxmem.config"),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.evaluation.streams import Answers, Cost, Learner
-from jaxmem.memory import aggregator, bank, quantizer, retriever
+from jaxmem.memory import aggregator, bank, hierarchy, quantizer, retriever
 from jaxmem.methods import cmt
 from jaxmem.methods.cmt_batches import (
   DocumentBatch,
@@ -238,9 +238,7 @@ def aggregate(
     bias = settings.score_weight * scores
   if settings.aggregation == "hierarchical":
     return jax.vmap(
-      lambda q, m, v: aggregator.hierarchical(
-        weights, q, m, v, settings.window
-      ),
+      lambda q, m, v: hierarchy.aggregate(weights, q, m, v, settings.window),
       in_axes=(0, None if found is None else 0, 0),
     )(question, memories, valid)
   chunk = settings.chunk if settings.aggregation == "chunked" else None

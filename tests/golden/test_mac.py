@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxmem.memory import aggregator
+from jaxmem.memory import hierarchy
 from jaxmem.methods import mac, mac_files
 from jaxmem.models import decoder, generate
 from tests.golden import mac_set
@@ -99,7 +99,7 @@ def test_hierarchical_aggregation(amort, path):
     documents = memories[: case["n_docs"]]
     summarise = jax.jit(
       functools.partial(
-        aggregator.summarise, window=window, groups=-(-length // window)
+        hierarchy.summarise, window=window, groups=-(-length // window)
       )
     )
     every = jnp.ones(len(documents), bool)

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxmem.adapters.linear import linear
-from jaxmem.memory import aggregator, quantizer
+from jaxmem.memory import hierarchy, quantizer
 from jaxmem.methods import cmt_codebook, mac_files, mbc, mbc_files
 from tests.golden import mac_set
 from tests.golden.mac_set import assert_close
@@ -178,7 +178,7 @@ def test_hierarchical_aggregation_of_codes(path, meta, golden, bank):
   for case, question in zip(cases, vectors, strict=True):
     window = case["context_window"]
     summarise = functools.partial(
-      aggregator.summarise,
+      hierarchy.summarise,
       window=window,
       groups=-(-case["question_length"] // window),
     )

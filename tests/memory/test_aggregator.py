@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmem.memory import aggregator
+from jaxmem.memory import aggregator, hierarchy
 from tests.reference import aggregator as reference
 from tests.reference.gradient import assert_gradients
 
@@ -203,7 +203,7 @@ def test_slots():
   np.testing.assert_allclose(other, out, **CLOSE)
   turned = _with(params, QUESTION, MEMORIES[:, ::-1], VALID, BIAS)
   assert np.abs(turned - out).max() > 1e-2
-  grouped = aggregator.hierarchical(params, QUESTION, MEMORIES, VALID, window=P)
+  grouped = hierarchy.aggregate(params, QUESTION, MEMORIES, VALID, window=P)
   every = _with(params, QUESTION, MEMORIES, VALID, jnp.zeros(P))
   np.testing.assert_allclose(grouped, every, **CLOSE)
 
@@ -242,7 +242,7 @@ def _groups(memories, valid, window):
 
 
 def test_groups():
-  run = functools.partial(aggregator.hierarchical, window=2)
+  run = functools.partial(hierarchy.aggregate, window=2)
   valid = VALID.at[2:4].set(False)  # a group of nothing
   got = jax.jit(run)(_params(), QUESTION, MEMORIES, valid)
   np.testing.assert_allclose(got, _groups(MEMORIES, valid, 2), **CLOSE)
@@ -250,7 +250,7 @@ def test_groups():
     str(jax.make_jaxpr(f)(_params(), QUESTION, MEMORIES, valid))
     for f in (
       aggregator.aggregate,
-      functools.partial(aggregator.hierarchical, window=P),
+      functools.partial(hierarchy.aggregate, window=P),
     )
   )
   assert whole == flat, "one group is all documents"
@@ -265,7 +265,7 @@ def test_groups_as_the_reference_makes_them():
     _run(QUESTION, MEMORIES, ~every),
   ]
   run = functools.partial(
-    aggregator.hierarchical, window=3, compat_question_length=7
+    hierarchy.aggregate, window=3, compat_question_length=7
   )
   got = jax.jit(run)(_params(), QUESTION, MEMORIES, VALID)
   want = _run(QUESTION, jnp.stack(bank), every[:3])
@@ -308,7 +308,7 @@ def test_errors():
   with pytest.raises(ValueError, match="question have 4 vectors.*slots for 2"):
     aggregator.aggregate(slotted, MEMORIES[:2].reshape(-1, D), MEMORIES, VALID)
   call = functools.partial(
-    aggregator.hierarchical, _params(), QUESTION, MEMORIES, VALID
+    hierarchy.aggregate, _params(), QUESTION, MEMORIES, VALID
   )
   with pytest.raises(ValueError, match="window is 1 documents"):
     call(1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxmem.data.memory_rows import Texts
-from jaxmem.memory import aggregator, bank, retriever
+from jaxmem.memory import bank, hierarchy, retriever
 from jaxmem.methods import (
   cmt,
   cmt_codebook,
@@ -149,9 +149,7 @@ def test_every_aggregation_of_a_bank():
     np.testing.assert_allclose(run(**same), flat, rtol=1e-4, atol=1e-4)
   grouped = run(aggregation="hierarchical", window=3)
   want = jax.jit(
-    lambda q: aggregator.hierarchical(
-      params["aggregator"], q, memories, valid, 3
-    )
+    lambda q: hierarchy.aggregate(params["aggregator"], q, memories, valid, 3)
   )(question[0])
   np.testing.assert_allclose(grouped[0], want, rtol=1e-4, atol=1e-4)
   assert np.abs(grouped - flat).max() > 1e-3
