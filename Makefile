@@ -35,15 +35,15 @@ format: $(DEV_STAMP)  ## let ruff rewrite what lint would complain about
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-# Every weight in the repository, from nothing; a second call resumes. Of MAC the
-# seed that answers best from a whole bank (docs/cmt.md), of all others the first.
+# Every weight in the repository, from nothing; a second call resumes. Of CMT and
+# MAC the seed that answers best from a whole bank (docs/cmt.md), else the first.
 shipped: $(STAMP)  ## retrain every shipped weight (CPU or accelerator)
 	for model in nano tiny; do \
 	  $(RUN) -m experiments.pretrain --config=configs/pretrain.py:$$model \
 	    --workdir=out/shipped/$$model --config.export=jaxmem/models/$$model \
 	    $(ARGS) || exit 1; \
 	done
-	for run in cmt,0 mac,2; do \
+	for run in cmt,2 mac,2; do \
 	  method=$${run%,*}; \
 	  $(RUN) -m experiments.cmt --config=configs/cmt.py:tiny \
 	    --workdir=out/shipped/$$method --config.method=$$method \
