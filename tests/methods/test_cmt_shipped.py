@@ -55,11 +55,13 @@ def test_mac_answers_from_the_right_memory():
 
 
 def test_the_match_that_tells_new_from_known_facts():
-  """Found anew on a smaller stream it is about what the file says."""
+  """Found anew it is somewhat less than what the file says: among 64 documents
+  in place of 500 the best match of a known fact is less good."""
   config = configs.load("configs/cmt.py:tiny")
   configs.apply(config, {"data.documents": 64, "data.known": 64})
   base = cmt_setup.load_base(config)
   folder = cmt_files.find("cmt")
   params = cmt_files.load(folder, base.model, base.weights, base.name)
   found = cmt_validation.calibrate(config, base, params)
-  assert abs(found - cmt_files.describe(folder).min_match) < 0.1
+  limit = cmt_files.describe(folder).min_match
+  assert limit - 0.2 < found < limit
