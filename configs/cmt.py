@@ -109,7 +109,7 @@ def _of_method() -> ConfigDict:
         "alpha": 0.5,  # as in context-aware decoding; the paper does not say
         "memory_aware": "train+decode",  # or train, decode, off; our reading
         "beta": 0.1,  # our reading
-        "slotted": False,  # aggregation by slots; our choice
+        "slotted": False,  # see jaxmem/memory/aggregator.py; our choice
         "score_weight": 0.0,  # of the match in the attention; the paper: none
         "retrieved": 16,  # documents a question draws on; our reading
       },
