@@ -40,6 +40,7 @@ def _stage(**values) -> ConfigDict:
       # end with 0, which is how they are asked.
       "retrieved": 0,
       "no_aggregate": False,  # its own document's memory, as it is
+      "no_quantize": False,  # of MBC: memories as they are, not their codes
       "imitate": 0.0,  # weight of an aggregator that learns to give the same
       "reconstruct": 0.0,  # weight of telling a text from its memory alone
       "keep": 1.0,  # share of a row's documents with a gradient
@@ -84,6 +85,8 @@ def _memory() -> ConfigDict:
       "vq_weight": 1.0,
       "vq_decay": 0.99,
       "vq_threshold": 1e-4,
+      "vq_update": "loss",  # what moves codes; or ema; MBC
+      "vq_centered": False,  # without the mean of a vector's place; our choice
       "kv_lora_layers": 16,  # the last ones; MBC
       "kv_lora_dropout": placeholder(float),  # between its A and B; MBC 0.05
       "base_dropout": 0.0,  # MAC, MBC: GPT-2's own, 0.1; others have none
@@ -315,6 +318,10 @@ def _tiny_stages(config: ConfigDict) -> None:
   config.stages.one = _stage(
     steps=1000, only=("cmt",), questions=4, no_aggregate=True, alpha=0.0,
     beta=0.1, reconstruct=0.5,
+  )  # fmt: skip
+  config.stages.codes = _stage(
+    steps=400, only=("mbc",), questions=4, no_aggregate=True, beta=0.1,
+    reconstruct=0.5,
   )  # fmt: skip
   config.stages.many = _stage(
     steps=850, only=("cmt",), rows=16, asked=2, keep=0.5, retrieved=16

@@ -4,8 +4,8 @@
   loss    = mean (E_code - sg(x))^2 + beta mean (sg(E_code) - x)^2
   output  = x + sg(E_code - x)
 
-The first term of the loss alone moves the codebook E; x gets the gradient of
-the output and of the second term.
+The first term of the loss alone moves the codebook E, or `follow` does, in its
+place; x gets the gradient of the output and of the second term.
 Source: MBC (arXiv 2601.00756) and its code (Thomkat/MBC), models/modules/
 membank_comp.py; the quantiser is that of VQ-VAE (arXiv 1711.00937) section
 3.2. Departures: the loss is a sum and a count, and the vectors that replace
@@ -62,12 +62,14 @@ def quantize(
   x: Float[Array, "M E"],
   *,
   commitment: float = 0.25,
+  follows: bool = False,
 ) -> Quantized:
   """Replace each vector by the nearest code; of equally near ones the first.
 
   Args:
     x: of the codes' width.
     commitment: beta.
+    follows: leave out the first term, for a codebook that `follow` moves.
 
   Raises:
     ValueError: vectors of another width.
@@ -82,7 +84,7 @@ def quantize(
   away = jnp.square(codebook).sum(axis=1)[None] - 2 * x @ codebook.T
   codes = jnp.argmin(away, axis=1).astype(jnp.int32)
   chosen, held = codebook[codes], jax.lax.stop_gradient
-  moving = jnp.square(chosen - held(x)).sum()
+  moving = 0.0 if follows else jnp.square(chosen - held(x)).sum()
   staying = jnp.square(held(chosen) - x).sum()
   counts = jnp.zeros(codebook.shape[0], jnp.float32).at[codes].add(1.0)
   return Quantized(
@@ -108,6 +110,33 @@ def perplexity(counts: Float[Array, "V"]) -> Float[Array, ""]:
   """
   share = counts / jnp.maximum(counts.sum(), 1.0)
   return jnp.exp(-(share * jnp.log(share + 1e-10)).sum())
+
+
+def follow(
+  codebook: Float[Array, "V D"],
+  usage: Usage,
+  sums: Float[Array, "V D"],
+  counts: Float[Array, "V"],
+  *,
+  decay: float = 0.99,
+) -> Float[Array, "V D"]:
+  """Let each code be the running mean of the vectors that chose it.
+
+  N <- decay N + (1 - decay) n;  E <- E + (1 - decay) (s - n E) / N, which is
+  m / N of the running sum m <- decay m + (1 - decay) s. A code that nothing
+  chose stays. For training steps only, before `reset`, which moves N.
+  Source: VQ-VAE (arXiv 1711.00937) appendix A.1.
+
+  Args:
+    usage: N, before the step.
+    sums: s, of the vectors that chose each code, of all devices.
+    counts: n, likewise.
+  """
+  total = decay * usage.ema + (1 - decay) * counts
+  missing = sums - counts[:, None] * codebook
+  share = (1 - decay) / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
+  moved = codebook + share[:, None] * missing
+  return jnp.where(counts[:, None] > 0, moved, codebook)
 
 
 def reset(

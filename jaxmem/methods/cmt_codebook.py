@@ -1,10 +1,13 @@
-"""What moves MBC's codebook beside its gradient: resets of unused codes.
+"""MBC's codebook: memories as codes, and what moves codes beside a gradient.
 
 Source: MBC (arXiv 2601.00756) and its code (Thomkat/MBC). Departure: usage and
 candidates are those of all devices, and the same on each; the code keeps them
-per process.
+per process. Ours: `vq_update="ema"`, codes that follow the mean of their
+vectors (VQ-VAE, arXiv 1711.00937, appendix A.1), and `vq_centered`: the places
+of a text have means further apart than documents are within a place, which a
+codebook would otherwise spend itself on.
 
-Axes: V codes, D width, M vectors of a device.
+Axes: B documents, C places of a memory, V codes, D width.
 """
 
 from collections.abc import Callable
@@ -12,20 +15,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmem.memory import quantizer
-from jaxmem.methods.cmt import Model
+from jaxmem.methods.cmt import Model, Params
 from jaxmem.training.step import Gather
 
 
 class Codebook(NamedTuple):
-  """What the codebook's resets go by; carried as the train state's memory."""
+  """What the codebook moves by; carried as the train state's memory."""
 
   usage: quantizer.Usage
   counts: jax.Array  # [V] float32, of this step
   candidates: jax.Array  # [V, D] vectors that may replace unused codes
   found: jax.Array  # [] int32, how many of them there are
+  sums: jax.Array  # [V, D] of the vectors that chose each code, of this step
+  documents: jax.Array  # [] float32, of this step
+  places: jax.Array  # [C, D] their memories' sum
 
 
 def start(model: Model) -> Any:
@@ -38,11 +44,48 @@ def start(model: Model) -> Any:
     jnp.zeros(number),
     jnp.zeros((number, width)),
     jnp.int32(0),
+    jnp.zeros((number, width)),
+    jnp.float32(0),
+    jnp.zeros((model.settings.tokens, width)),
   )
 
 
+def quantize(
+  model: Model, params: Params, memories: Float[Array, "B C D"]
+) -> quantizer.Quantized:
+  """Replace the B C vectors of memories by codes; `decode` gives memories."""
+  settings = model.settings
+  vectors = memories.astype(jnp.float32) - _center(params, memories.shape)
+  return quantizer.quantize(
+    params["quantizer"],
+    vectors.reshape(-1, vectors.shape[-1]),
+    commitment=settings.vq_commitment,
+    follows=settings.vq_update == "ema",
+  )
+
+
+def decode(params: Params, codes: Int[Array, "*B C"]) -> Float[Array, "*B C D"]:
+  """Return the memories of codes."""
+  found = quantizer.decode(params["quantizer"], codes)
+  return found + _center(params, found.shape)
+
+
+def with_gradient(
+  params: Params, found: quantizer.Quantized, memories: Float[Array, "B C D"]
+) -> Float[Array, "B C D"]:
+  """Return quantised memories, whose gradient is that of memories."""
+  shape = memories.shape
+  return found.quantized.reshape(shape) + _center(params, shape)
+
+
+def _center(params, shape):
+  """The places' means, which no gradient moves, for memories [.., C, D]."""
+  center = jax.lax.stop_gradient(params.get("center", jnp.zeros(shape[-2:])))
+  return jnp.broadcast_to(center, shape)
+
+
 def make_post_update(model: Model, moments: Callable) -> Callable | None:
-  """Make what resets unused codes after a step; None without codes.
+  """Make what moves codes after a step; None without codes.
 
   Args:
     moments: (opt_state, replaced [V]) -> opt_state with the moments of the
@@ -54,9 +97,24 @@ def make_post_update(model: Model, moments: Callable) -> Callable | None:
 
   def post_update(state, aux, rng):
     del aux, rng
-    memory = state.memory
+    memory, params = state.memory, _with_center(settings, state)
+    state = state._replace(
+      params=params,
+      memory=memory._replace(
+        documents=jnp.zeros_like(memory.documents),
+        places=jnp.zeros_like(memory.places),
+      ),
+    )
+    if settings.no_quantize:
+      return state
+    codes = params["quantizer"]
+    if settings.vq_update == "ema":
+      codes = quantizer.follow(
+        codes, memory.usage, memory.sums, memory.counts,
+        decay=settings.vq_decay,
+      )  # fmt: skip
     codes, usage, replaced = quantizer.reset(
-      state.params["quantizer"],
+      codes,
       memory.usage,
       memory.candidates,
       memory.counts,
@@ -65,14 +123,29 @@ def make_post_update(model: Model, moments: Callable) -> Callable | None:
       threshold=settings.vq_threshold,
     )
     return state._replace(
-      params=state.params | {"quantizer": codes},
+      params=params | {"quantizer": codes},
       opt_state=moments(state.opt_state, replaced),
-      memory=memory._replace(
-        usage=usage, counts=jnp.zeros_like(memory.counts), found=jnp.int32(0)
+      memory=state.memory._replace(
+        usage=usage,
+        counts=jnp.zeros_like(memory.counts),
+        found=jnp.int32(0),
+        sums=jnp.zeros_like(memory.sums),
       ),
     )
 
   return post_update
+
+
+def _with_center(settings, state):
+  """Parameters whose "center" has followed the step's memories."""
+  params, memory = state.params, state.memory
+  if not settings.vq_centered:
+    return params
+  center, share = params["center"], 1 - settings.vq_decay
+  # Of no document it stays.
+  mean = memory.places / jnp.maximum(memory.documents, 1)
+  share = share * (memory.documents > 0)
+  return params | {"center": center + share * (mean - center)}
 
 
 def perplexity(memory: Codebook) -> Float[Array, ""]:
@@ -84,29 +157,45 @@ def perplexity(memory: Codebook) -> Float[Array, ""]:
   return jnp.exp(-jax.scipy.special.xlogy(share, share).sum())
 
 
+def collect_places(
+  memory: Codebook, memories: Float[Array, "B C D"], gather: Gather
+) -> Codebook:
+  """Add up the memories of a step by place."""
+  memories = jax.lax.stop_gradient(memories)
+  places = gather(memories.sum(axis=0)[None]).sum(axis=0)
+  documents = gather(jnp.full(1, len(memories), jnp.float32)).sum()
+  return memory._replace(
+    places=memory.places + places, documents=memory.documents + documents
+  )
+
+
 def collect(
+  params: Params,
   memory: Codebook,
   found: quantizer.Quantized,
-  vectors: Float[Array, "M D"],
+  memories: Float[Array, "B C D"],
   gather: Gather,
   *,
   rng: jax.Array,
 ) -> Codebook:
-  """Count codes, and keep a draw of the vectors as candidates.
+  """Count codes, add up their vectors, and keep a draw as candidates.
 
   Of several microbatches the counts are added, and the last one's vectors stay.
 
   Args:
-    found: of the vectors.
+    found: of the memories.
     gather: brings counts and vectors of all devices together.
     rng: equal on all devices.
   """
-  counts, vectors = gather((found.counts[None], vectors))
+  vectors = jax.lax.stop_gradient(memories) - _center(params, memories.shape)
+  vectors = vectors.reshape(-1, vectors.shape[-1])
+  sums = jnp.zeros_like(memory.sums).at[found.codes].add(vectors)
+  counts, sums, vectors = gather((found.counts[None], sums[None], vectors))
   number = min(len(memory.counts), len(vectors))
   order = jax.random.permutation(rng, len(vectors))[:number]
-  chosen = jax.lax.stop_gradient(vectors)[order]
   return memory._replace(
     counts=memory.counts + counts.sum(axis=0),
-    candidates=memory.candidates.at[:number].set(chosen),
+    sums=memory.sums + sums.sum(axis=0),
+    candidates=memory.candidates.at[:number].set(vectors[order]),
     found=jnp.int32(number),
   )

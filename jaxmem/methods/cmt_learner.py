@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxmem.evaluation.streams import Answers, Cost, Learner
-from jaxmem.memory import aggregator, bank, hierarchy, quantizer, retriever
-from jaxmem.methods import cmt
+from jaxmem.memory import aggregator, bank, hierarchy, retriever
+from jaxmem.methods import cmt, cmt_codebook
 from jaxmem.methods.cmt_batches import (
   DocumentBatch,
   QuestionBatch,
@@ -118,10 +118,9 @@ def adapt(
   live = jnp.repeat(batch.valid, pieces) & texts.valid.any(axis=1)
   memories = cmt.compress(model, weights.frozen, weights.params, texts)
   if settings.num_codes:
-    codebook, flat = weights.params["quantizer"], memories
-    found = quantizer.quantize(codebook, flat.reshape(-1, flat.shape[-1]))
-    stored = found.codes.reshape(flat.shape[:2]).astype(jnp.uint16)
-    memories = quantizer.decode(codebook, stored.astype(jnp.int32))
+    found = cmt_codebook.quantize(model, weights.params, memories)
+    stored = found.codes.reshape(memories.shape[:2]).astype(jnp.uint16)
+    memories = cmt_codebook.decode(weights.params, stored.astype(jnp.int32))
   else:
     stored = memories.astype(state.memories.dtype)
   keys = retriever.pooled(memories, settings.match_pool)
@@ -208,7 +207,7 @@ def stored_memories(
   """Read memories [.., C, D] float32 from the bank, codes looked up."""
   found = state.memories if index is None else state.memories[index]
   if "quantizer" in params:
-    found = quantizer.decode(params["quantizer"], found.astype(jnp.int32))
+    found = cmt_codebook.decode(params, found.astype(jnp.int32))
   return found.astype(jnp.float32)
 
 

@@ -96,7 +96,7 @@ def name(loaded: Loaded) -> str:
     fingerprint.
   """
   saved, params = loaded.saved, loaded.weights.params
-  parts = ("compressor", "quantizer")
+  parts = ("compressor", "quantizer", "center")
   key = settings_key(
     fingerprint({part: params[part] for part in parts if part in params}),
     saved.base,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmem.data.memory_rows import MemoryRows, Texts
-from jaxmem.memory import aggregator, quantizer, retriever
+from jaxmem.memory import aggregator, retriever
 from jaxmem.methods import cmt_codebook as codebook
 from jaxmem.methods.cmt import Model, Params, adjust, compress, read, to_prefix
 from jaxmem.models import decoder
@@ -273,14 +273,19 @@ def _documents(model, frozen, params, batch, memory, gather, rng, rng_codes):
   memories = jnp.concatenate(out, axis=1)
   if not settings.num_codes:
     return memories, None, memory
-  vectors = memories.reshape(-1, memories.shape[-1])
-  found = quantizer.quantize(
-    params["quantizer"], vectors, commitment=settings.vq_commitment
-  )
+  flat = memories.reshape(-1, *memories.shape[2:])
   if rng_codes is not None:
-    memory = codebook.collect(memory, found, vectors, gather, rng=rng_codes)
+    memory = codebook.collect_places(memory, flat, gather)
+  if settings.no_quantize:
+    return memories, None, memory
+  found = codebook.quantize(model, params, flat)
+  if rng_codes is not None:
+    memory = codebook.collect(
+      params, memory, found, flat, gather, rng=rng_codes
+    )
   loss = (found.loss_sum, found.loss_count)
-  return found.quantized.reshape(memories.shape), loss, memory
+  made = codebook.with_gradient(params, found, flat)
+  return made.reshape(memories.shape), loss, memory
 
 
 def _match(model, question, bank, own):

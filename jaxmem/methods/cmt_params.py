@@ -59,6 +59,8 @@ def init(
     params["quantizer"] = quantizer.init(
       settings.num_codes, width, rng=rngs["codes"]
     )
+    if settings.vq_centered:
+      params["center"] = jnp.zeros((settings.tokens, width))
   if settings.kv_lora_rank:
     params["kv_lora"] = _kv_lora(model, frozen, rngs["lora"])
   return params
@@ -254,7 +256,7 @@ def make_optimizer(
   clip_norm: float | int | None = 1.0,
   train_aggregator: bool = True,
 ) -> optax.GradientTransformation:
-  """Make AdamW that never touches an adapter's `scale` and `mask`.
+  """Make AdamW that never touches an adapter's `scale` and `mask`, or "center".
 
   Args:
     rate: a schedule.
@@ -263,7 +265,7 @@ def make_optimizer(
     train_aggregator: False leaves the aggregator as it is: the paper's figure
       can be read so, though nothing else is said to map onto it.
   """
-  groups = [optimizer.Group(r"(^|/)(scale|mask)$", weight_decay=0.0)]
+  groups = [optimizer.Group(r"(^|/)(scale|mask|center)$", weight_decay=0.0)]
   if t5_scale is not None:
     groups.insert(0, optimizer.Group(r"(^|/)t5/", rate_scale=t5_scale))
   if not train_aggregator:

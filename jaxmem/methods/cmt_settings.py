@@ -11,6 +11,7 @@ POOLS = ("mean", "flatten", "tokenwise_mean", "maxsim")
 NORMS = ("unit", "raw_scaled")
 AWARE = ("train+decode", "train", "decode", "off")
 PREFIX_POSITIONS = ("offset", "zero")
+UPDATES = ("loss", "ema")
 AGGREGATIONS = ("flat", "chunked", "hierarchical")
 
 
@@ -76,6 +77,11 @@ class Settings:
   vq_weight: float | int = 1.0  # MBC
   vq_decay: float | int = 0.99  # MBC
   vq_threshold: float | int = 1e-4  # MBC
+  vq_update: str = "loss"  # of UPDATES, what moves codes; MBC: its loss
+  # A place's vectors are quantised without their running mean, "center" of the
+  # parameters. Our choice; MBC: False.
+  vq_centered: bool = False
+  no_quantize: bool = False  # memories are read as they are
   kv_lora_rank: int = 0  # adapter of the model's keys and values; 0: none
   kv_lora_alpha: float | int = 64.0  # MBC
   kv_lora_layers: int = 16  # the last so many (MBC)
@@ -90,6 +96,7 @@ class Settings:
       ("compressor", COMPRESSORS),
       ("output", OUTPUTS),
       ("aggregation", AGGREGATIONS),
+      ("vq_update", UPDATES),
       ("injector", INJECTORS),
       ("prefix_positions", PREFIX_POSITIONS),
       ("memory_aware", AWARE),

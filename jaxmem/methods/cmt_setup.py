@@ -113,12 +113,12 @@ def _stage(config, name) -> cmt_train.Stage:
       f"stages.{name} has known={stage.known} questions without a document, "
       "which no_aggregate has no memory for: set known=0"
     )
-  if config.method != "cmt" and stage.alpha is not None:
+  if config.method != "cmt" and stage.alpha:
     raise ValueError(
       f"stages.{name}.alpha is {stage.alpha}, of an objective that "
-      f"method={config.method} has not: set it to None"
+      f"method={config.method} has not: set it to 0 or None"
     )
-  same = ("no_aggregate", "imitate", "keep", "reconstruct")
+  same = ("no_aggregate", "imitate", "keep", "reconstruct", "no_quantize")
   changes = {key: stage[key] for key in same}
   changes["train_retrieved"] = stage.retrieved
   for key in ("alpha", "beta"):  # of MAC and MBC 0, where a stage says nothing

@@ -16,6 +16,7 @@ def _draw(seed, *shape):
 
 
 QUANTIZE, RESET = jax.jit(quantizer.quantize), jax.jit(quantizer.reset)
+FOLLOW = jax.jit(quantizer.follow, static_argnames="decay")
 CODES, X = _draw(0, V, D), _draw(1, M, D)
 
 
@@ -72,6 +73,49 @@ def test_parts_of_a_batch_add_up():
   for name in ("loss_sum", "loss_count", "counts"):
     added = sum(getattr(part, name) for part in parts)
     np.testing.assert_allclose(added, getattr(whole, name), rtol=1e-6)
+
+
+def test_a_codebook_that_follows_has_no_gradient():
+  def total(codes):
+    return quantizer.quantize(codes, X, follows=True).loss_sum
+
+  loss, grad = jax.jit(jax.value_and_grad(total))(CODES)
+  np.testing.assert_array_equal(grad, 0)
+  np.testing.assert_allclose(loss, QUANTIZE(CODES, X).loss_sum / 5, rtol=1e-5)
+
+
+def test_codes_follow_the_mean_of_their_vectors_in_a_loop():
+  """The running sum over the running count, kept apart in float64."""
+  decay, codes = 0.7, CODES
+  usage = quantizer.Usage(jnp.array([0.5, 0.5, 0.5, 0.0]))
+  number = np.asarray(usage.ema, np.float64)
+  total = number[:, None] * np.asarray(CODES, np.float64)
+  for step in range(4):
+    x = _draw(10 + step, M, D)
+    found = quantizer.quantize(codes, x)
+    sums = jnp.zeros((V, D)).at[found.codes].add(x)
+    codes = FOLLOW(codes, usage, sums, found.counts, decay=decay)
+    _, usage, _ = quantizer.reset(
+      codes, usage, x, found.counts, decay=decay, threshold=0.0
+    )
+    total, number = decay * total, decay * number
+    for vector, code in zip(np.asarray(x), found.codes, strict=True):
+      total[code] += (1 - decay) * vector
+      number[code] += 1 - decay
+    used = number > 0
+    np.testing.assert_allclose(
+      codes[used], total[used] / number[used, None], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(codes[~used], CODES[~used])
+  assert used[:3].all()
+
+
+def test_a_new_code_is_at_once_the_mean_of_its_vectors():
+  counts = jnp.array([2.0, 0.0, 0.0, 0.0])
+  sums = jnp.zeros((V, D)).at[0].set(X[0] + X[1])
+  codes = FOLLOW(CODES, quantizer.init_usage(V), sums, counts, decay=0.9)
+  np.testing.assert_allclose(codes[0], (X[0] + X[1]) / 2, rtol=1e-5)
+  np.testing.assert_array_equal(codes[1:], CODES[1:])
 
 
 def test_resetting_by_hand():

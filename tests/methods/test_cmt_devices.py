@@ -29,15 +29,18 @@ CHANGES = {
   "kv_lora_rank": 2,
   "blocks": 1,
 }
+# Codes that follow their vectors, and the means of places.
+FOLLOWING = {"vq_update": "ema", "vq_centered": True}
 
 
 @functools.cache
-def _run(name):
+def _run(name, follows=False):
   """State and metrics after `STEPS` steps, on the host.
 
   Section 13, test 6: nothing of the language model moves or has moments.
   """
-  model, pmap = model_of(mbc.settings, **CHANGES), name == "pmap-8"
+  changes = CHANGES | FOLLOWING if follows else CHANGES
+  model, pmap = model_of(mbc.settings, **changes), name == "pmap-8"
   params, base = params_of(model), small.params()
   # A large eps: Adam divides rounding errors by their size.
   tx = cmt_params.make_optimizer(lambda step: 1e-2)
@@ -72,10 +75,12 @@ def _run(name):
   return after, metrics
 
 
-@pytest.mark.parametrize("name", ["8x1x1", "pmap-8"])
-def test_every_arrangement_takes_the_same_steps(name):
-  state, metrics = _run(name)
-  want_state, want_metrics = _run("1x1x1")
+@pytest.mark.parametrize(
+  ("name", "follows"), [("8x1x1", False), ("pmap-8", False), ("pmap-8", True)]
+)
+def test_every_arrangement_takes_the_same_steps(name, follows):
+  state, metrics = _run(name, follows)
+  want_state, want_metrics = _run("1x1x1", follows)
   assert {"loss", "match", "vq", "right", "recall"} <= set(metrics)
   for key, value in want_metrics.items():
     np.testing.assert_allclose(

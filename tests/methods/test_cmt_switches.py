@@ -217,6 +217,60 @@ def test_which_codes_are_unused(threshold, moved):
   assert int((found.params["quantizer"] == 1).all(axis=1).sum()) == moved
 
 
+@pytest.mark.parametrize("quantized", [True, False])
+def test_codes_and_the_mean_of_places_follow_the_memories(quantized):
+  """By the oracle; without codes in use, only the mean moves."""
+  model = model_of(
+    mbc.settings, num_codes=7, vq_update="ema", vq_centered=True,
+    vq_decay=0.75, no_quantize=not quantized,
+  )  # fmt: skip
+  params, memory = params_of(model), cmt_codebook.start(model)
+  params = params | {
+    name: _draw(seed, *params[name].shape)
+    for seed, name in enumerate(("center", "quantizer"))
+  }
+  memory = memory._replace(
+    usage=memory.usage._replace(ema=jnp.full(7, 0.5)),
+  )
+  batch = batch_of()
+  (_, aux), grads = jax.jit(
+    jax.value_and_grad(lambda p: loss_of(model, p, batch, memory), has_aux=True)
+  )(params)
+  for name in ("center", "quantizer"):
+    np.testing.assert_array_equal(grads[name], 0)
+  update = cmt_codebook.make_post_update(model, lambda moments, _: moments)
+  state = TrainState(jnp.int32(0), params, (), aux.memory)
+  found = update(state, None, jax.random.key(0))
+  flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.documents)
+  memories = np.asarray(cmt.compress(model, small.params(), params, flat))
+  center = np.asarray(params["center"])
+  np.testing.assert_allclose(
+    found.params["center"], center + 0.25 * (memories.mean(axis=0) - center),
+    rtol=1e-4, atol=1e-5,
+  )  # fmt: skip
+  assert float(found.memory.documents) == 0
+  codes = np.asarray(params["quantizer"])
+  if not quantized:
+    np.testing.assert_array_equal(found.params["quantizer"], codes)
+    assert "vq" not in aux.metrics
+    return
+  vectors = (memories - center).reshape(-1, codes.shape[1])
+  chosen = np.square(vectors[:, None] - codes[None]).sum(axis=-1).argmin(axis=1)
+  for code in range(7):
+    own = vectors[chosen == code]
+    total = 0.75 * 0.5 * codes[code] + 0.25 * own.sum(axis=0)
+    want = total / (0.75 * 0.5 + 0.25 * len(own))
+    np.testing.assert_allclose(
+      found.params["quantizer"][code], want if len(own) else codes[code],
+      rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+  assert len(set(chosen)) > 1
+  learned = cmt_codebook.decode(params, jnp.asarray(chosen).reshape(-1, 3))
+  read = cmt_codebook.quantize(model, params, jnp.asarray(memories))
+  read = cmt_codebook.with_gradient(params, read, jnp.asarray(memories))
+  np.testing.assert_allclose(learned, read, rtol=1e-4, atol=1e-5)
+
+
 def test_t5s_have_a_rate_of_their_own():
   tx = cmt_params.make_optimizer(lambda step: 1e-2, t5_scale=0.1)
   params = {"compressor": {"t5": {"x": jnp.ones(2)}, "scale": jnp.ones(2)}}
