@@ -118,7 +118,13 @@ def _of_method() -> ConfigDict:
       },
       "mac": mac,
       "mbc": mac
-      | {"num_codes": 512, "kv_lora_rank": 32, "kv_lora_alpha": 64.0},
+      | {
+        "num_codes": 512,
+        "kv_lora_rank": 32,
+        "kv_lora_alpha": 64.0,
+        "slotted": False,
+        "score_weight": 0.0,  # as CMT's
+      },
     }
   )
 
@@ -282,15 +288,26 @@ def _tiny(config: ConfigDict) -> None:
       "aligned_start": True,
       "answer_labels": 3,
       "match": "softmax",  # the paper's loss: configs/cmt_ablations.py
+      # MBC's codebook follows its vectors at once, and an unused code moves
+      # within 40 steps: a rate of 1e-3 moves vectors further than that of 1e-5.
+      "vq_update": "ema",
+      "vq_centered": True,
+      "vq_decay": 0.95,
+      "vq_threshold": 0.05,
     }
   )  # fmt: skip
   config.of_method.cmt.update(
     {"tokens": 8, "beta": 0.3, "score_weight": 10.0, "slotted": True}
   )
   config.of_method.mac.tokens = 8
+  # Codes hold less than vectors: 24 of them, MBC's number, and an aggregator as
+  # CMT's, so that what codes lose is told apart from how memories are chosen.
   config.of_method.mbc.update(
-    {"tokens": 8, "kv_lora_rank": 4, "kv_lora_alpha": 8.0}
-  )
+    {
+      "tokens": 24, "kv_lora_rank": 4, "kv_lora_alpha": 8.0, "slotted": True,
+      "score_weight": 10.0,
+    }
+  )  # fmt: skip
   for method in config.of_method.values():
     method.injector = "linear"
   config.train.update(
@@ -310,28 +327,30 @@ def _tiny(config: ConfigDict) -> None:
 def _tiny_stages(config: ConfigDict) -> None:
   """From one memory to many to choose among."""
   config.order = (
-    "one", "many", "short", "pair", "half", "whole", "eight", "sixteen", "all",
+    "one", "codes", "many", "short", "pair", "half", "whole", "eight",
+    "sixteen", "all",
   )  # fmt: skip
-  # CMT: one memory as it is, which also tells its text (from answers alone a
-  # value's second token is learned late or never), then many to choose among.
-  # No questions on known facts: eval.min_match keeps these.
+  # CMT and MBC: one memory as it is, which also tells its text (from answers
+  # alone a value's second token is learned late or never); MBC's in codes; then
+  # many to choose among. No questions on known facts: eval.min_match keeps
+  # these.
+  alone = {
+    "no_aggregate": True, "questions": 4, "beta": 0.1, "reconstruct": 0.5,
+  }  # fmt: skip
   config.stages.one = _stage(
-    steps=1000, only=("cmt",), questions=4, no_aggregate=True, alpha=0.0,
-    beta=0.1, reconstruct=0.5,
-  )  # fmt: skip
-  config.stages.codes = _stage(
-    steps=400, only=("mbc",), questions=4, no_aggregate=True, beta=0.1,
-    reconstruct=0.5,
-  )  # fmt: skip
-  config.stages.many = _stage(
-    steps=850, only=("cmt",), rows=16, asked=2, keep=0.5, retrieved=16
+    steps=1000, only=("cmt", "mbc"), alpha=0.0, no_quantize=True, **alone
   )
-  # MAC and MBC begin by choosing among documents of one fact. That is not
-  # learned from answers alone (2,000 steps of `pair`: half of them right, as
-  # guessing gives), so CMT's matching loss helps until all is read: our choice.
+  config.stages.codes = _stage(steps=400, only=("mbc",), **alone)
+  config.stages.many = _stage(
+    steps=850, only=("cmt", "mbc"), rows=16, asked=2, keep=0.5, retrieved=16,
+    beta=0.3,
+  )  # fmt: skip
+  # MAC begins by choosing among documents of one fact. That is not learned from
+  # answers alone (2,000 steps of `pair`: half of them right, as guessing
+  # gives), so CMT's matching loss helps until all is read: our choice.
   first = {"facts": 1, "filler": 0.0, "document_tokens": 14}
   second = {"facts": 2, "filler": 0.0, "document_tokens": 22}
-  banks = {"only": ("mac", "mbc")}
+  banks = {"only": ("mac",)}
   match = banks | {"beta": 0.1}
   config.stages.short = _stage(
     steps=150, no_aggregate=True, imitate=1.0, **match, **first
