@@ -86,7 +86,6 @@ def _memory() -> ConfigDict:
       "vq_decay": 0.99,
       "vq_threshold": 1e-4,
       "vq_update": "loss",  # what moves codes; or ema; MBC
-      "vq_centered": False,  # without the mean of a vector's place; our choice
       "kv_lora_layers": 16,  # the last ones; MBC
       "kv_lora_dropout": placeholder(float),  # between its A and B; MBC 0.05
       "base_dropout": 0.0,  # MAC, MBC: GPT-2's own, 0.1; others have none
@@ -122,8 +121,9 @@ def _of_method() -> ConfigDict:
         "num_codes": 512,
         "kv_lora_rank": 32,
         "kv_lora_alpha": 64.0,
-        "slotted": False,
-        "score_weight": 0.0,  # as CMT's
+        "vq_centered": False,  # without the mean of its place; our choice
+        "slotted": False,  # this and the next as CMT's
+        "score_weight": 0.0,
       },
     }
   )
@@ -291,7 +291,6 @@ def _tiny(config: ConfigDict) -> None:
       # MBC's codebook follows its vectors at once, and an unused code moves
       # within 40 steps: a rate of 1e-3 moves vectors further than that of 1e-5.
       "vq_update": "ema",
-      "vq_centered": True,
       "vq_decay": 0.95,
       "vq_threshold": 0.05,
     }
@@ -304,8 +303,8 @@ def _tiny(config: ConfigDict) -> None:
   # CMT's, so that what codes lose is told apart from how memories are chosen.
   config.of_method.mbc.update(
     {
-      "tokens": 24, "kv_lora_rank": 4, "kv_lora_alpha": 8.0, "slotted": True,
-      "score_weight": 10.0,
+      "tokens": 24, "kv_lora_rank": 4, "kv_lora_alpha": 8.0,
+      "vq_centered": True, "slotted": True, "score_weight": 10.0,
     }
   )  # fmt: skip
   for method in config.of_method.values():
