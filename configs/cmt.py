@@ -36,8 +36,8 @@ def _stage(**values) -> ConfigDict:
       "facts": placeholder(int),
       "filler": placeholder(float),
       "document_tokens": placeholder(int),
-      # Documents a question draws on, its own among them; 0: all. MAC and MBC
-      # end with 0, which is how they are asked.
+      # Documents a question draws on, its own among them; 0: all. MAC ends with
+      # 0, which is how it is asked.
       "retrieved": 0,
       "no_aggregate": False,  # its own document's memory, as it is
       "no_quantize": False,  # of MBC: memories as they are, not their codes
@@ -85,7 +85,7 @@ def _memory() -> ConfigDict:
       "vq_weight": 1.0,
       "vq_decay": 0.99,
       "vq_threshold": 1e-4,
-      "vq_update": "loss",  # what moves codes; or ema; MBC
+      "vq_update": "loss",  # moves codes, MBC; or ema, as in VQ-VAE
       "kv_lora_layers": 16,  # the last ones; MBC
       "kv_lora_dropout": placeholder(float),  # between its A and B; MBC 0.05
       "base_dropout": 0.0,  # MAC, MBC: GPT-2's own, 0.1; others have none
@@ -122,8 +122,10 @@ def _of_method() -> ConfigDict:
         "kv_lora_rank": 32,
         "kv_lora_alpha": 64.0,
         "vq_centered": False,  # without the mean of its place; our choice
-        "slotted": False,  # this and the next as CMT's
+        "beta": 0.0,  # MBC; this and the next three as CMT's
+        "slotted": False,
         "score_weight": 0.0,
+        "retrieved": 0,
       },
     }
   )
@@ -288,8 +290,8 @@ def _tiny(config: ConfigDict) -> None:
       "aligned_start": True,
       "answer_labels": 3,
       "match": "softmax",  # the paper's loss: configs/cmt_ablations.py
-      # MBC's codebook follows its vectors at once, and an unused code moves
-      # within 40 steps: a rate of 1e-3 moves vectors further than that of 1e-5.
+      # A rate of 2e-3 moves vectors faster than MBC's 1e-5: codes follow within
+      # some 20 steps, and one that is not used any more moves within 80.
       "vq_update": "ema",
       "vq_decay": 0.95,
       "vq_threshold": 0.05,
@@ -299,12 +301,13 @@ def _tiny(config: ConfigDict) -> None:
     {"tokens": 8, "beta": 0.3, "score_weight": 10.0, "slotted": True}
   )
   config.of_method.mac.tokens = 8
-  # Codes hold less than vectors: 24 of them, MBC's number, and an aggregator as
-  # CMT's, so that what codes lose is told apart from how memories are chosen.
+  # Codes hold less than vectors: 24 of them, MBC's number. Aggregator and
+  # search are CMT's, without which choosing is hardly learned (see MAC).
   config.of_method.mbc.update(
     {
       "tokens": 24, "kv_lora_rank": 4, "kv_lora_alpha": 8.0,
-      "vq_centered": True, "slotted": True, "score_weight": 10.0,
+      "vq_centered": True, "beta": 0.3, "slotted": True, "score_weight": 10.0,
+      "retrieved": 16,
     }
   )  # fmt: skip
   for method in config.of_method.values():
@@ -341,9 +344,8 @@ def _tiny_stages(config: ConfigDict) -> None:
   )
   config.stages.codes = _stage(steps=400, only=("mbc",), **alone)
   config.stages.many = _stage(
-    steps=850, only=("cmt", "mbc"), rows=16, asked=2, keep=0.5, retrieved=16,
-    beta=0.3,
-  )  # fmt: skip
+    steps=850, only=("cmt", "mbc"), rows=16, asked=2, keep=0.5, retrieved=16
+  )
   # MAC begins by choosing among documents of one fact. That is not learned from
   # answers alone (2,000 steps of `pair`: half of them right, as guessing
   # gives), so CMT's matching loss helps until all is read: our choice.
@@ -365,6 +367,7 @@ def _tiny_stages(config: ConfigDict) -> None:
 def _smoke(config: ConfigDict) -> None:
   config.model = "nano"
   config.memory.head_dim = 16
+  config.of_method.mbc.tokens = 8  # no more than head_dim, for aligned_start
   for stage in config.stages.values():
     stage.update({"steps": 4, "rows": 2, "questions": 1})
   config.stages.many.retrieved = 4

@@ -27,7 +27,6 @@ def get_sweep() -> list[Point]:
       {
         "of_method.cmt.beta": 0.0,
         "stages.one.beta": 0.0,
-        "stages.many.beta": 0.0,
       }
     ],
     [{"memory.match": "self"}],

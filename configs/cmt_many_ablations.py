@@ -6,8 +6,8 @@
   python -m experiments.sweep --config=configs/cmt_many_ablations.py \
       --experiment=experiments.cmt --workdir=out/cmt_many --jobs=2
 
-A quarter of the steps of `tiny`: configs/cmt_ablations.py is the whole, at nine
-times the cost. What changes `one` or how the aggregator begins is there alone.
+200 steps a run: configs/cmt_ablations.py trains all of `tiny` for each, and has
+what changes `one` or how the aggregator begins.
 """
 
 from ml_collections import ConfigDict
@@ -38,7 +38,7 @@ def get_sweep() -> list[Point]:
     {},
     # The paper's ablations (2) and (3), and its loss in place of ours.
     {"of_method.cmt.memory_aware": "off"},
-    {"stages.many.beta": 0.0},
+    {"of_method.cmt.beta": 0.0},
     {"memory.match": "self"},
     # Ours.
     {"of_method.cmt.score_weight": 0.0},

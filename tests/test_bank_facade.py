@@ -153,10 +153,11 @@ def test_what_decides_what_a_vector_means(lm):
   others = {
     name(params={"compressor": moved["compressor"]}),
     name(params={"quantizer": np.zeros(3)}),
+    name(params={"center": np.zeros((3, 2))}),
     name(match_pool="maxsim"),
     name(lora_alpha=3.0),
   }
-  assert len(others | {name()}) == 5
+  assert len(others | {name()}) == 6
 
 
 def test_memories_are_values(lm, written):

@@ -3,9 +3,11 @@
 Source: MBC (arXiv 2601.00756) and its code (Thomkat/MBC). Departure: usage and
 candidates are those of all devices, and the same on each; the code keeps them
 per process. Ours: `vq_update="ema"`, codes that follow the mean of their
-vectors (VQ-VAE, arXiv 1711.00937, appendix A.1), and `vq_centered`: the places
-of a text have means further apart than documents are within a place, which a
-codebook would otherwise spend itself on.
+vectors (VQ-VAE, arXiv 1711.00937, appendix A.1), and `vq_centered`: a memory's
+vectors are quantised without the running mean of their place, "center", since
+means of places are further apart than documents are within a place, and the
+codebook would spend itself on them. The mean starts at 0 and follows memories
+with settings.vq_decay, before codes are in use (`no_quantize`) too.
 
 Axes: B documents, C places of a memory, V codes, D width.
 """
@@ -34,13 +36,20 @@ class Codebook(NamedTuple):
   places: jax.Array  # [C, D] their memories' sum
 
 
-def start(model: Model) -> Any:
-  """Return the train state's memory at step 0: `Codebook`, or () without."""
+def start(model: Model, params: Params) -> Any:
+  """Return the train state's memory at step 0: `Codebook`, or () without.
+
+  Weights come without the usage of their codes: where these are trained, and no
+  longer as `quantizer.init` draws them, each begins as if chosen once a step
+  (our choice), so that one batch does not take all places.
+  """
   number, width = model.settings.num_codes, model.config.hidden_size
   if not number:
     return ()
+  usage = quantizer.init_usage(number)
+  trained = jnp.abs(params["quantizer"]).max() > 1 / number
   return Codebook(
-    quantizer.init_usage(number),
+    usage._replace(ema=jnp.where(trained, 1.0, usage.ema)),
     jnp.zeros(number),
     jnp.zeros((number, width)),
     jnp.int32(0),
@@ -55,10 +64,9 @@ def quantize(
 ) -> quantizer.Quantized:
   """Replace the B C vectors of memories by codes; `decode` gives memories."""
   settings = model.settings
-  vectors = memories.astype(jnp.float32) - _center(params, memories.shape)
   return quantizer.quantize(
     params["quantizer"],
-    vectors.reshape(-1, vectors.shape[-1]),
+    _vectors(params, memories),
     commitment=settings.vq_commitment,
     follows=settings.vq_update == "ema",
   )
@@ -76,6 +84,12 @@ def with_gradient(
   """Return quantised memories, whose gradient is that of memories."""
   shape = memories.shape
   return found.quantized.reshape(shape) + _center(params, shape)
+
+
+def _vectors(params, memories):
+  """What is quantised of memories [B, C, D]: [B C, D]."""
+  found = memories.astype(jnp.float32) - _center(params, memories.shape)
+  return found.reshape(-1, found.shape[-1])
 
 
 def _center(params, shape):
@@ -160,7 +174,7 @@ def perplexity(memory: Codebook) -> Float[Array, ""]:
 def collect_places(
   memory: Codebook, memories: Float[Array, "B C D"], gather: Gather
 ) -> Codebook:
-  """Add up the memories of a step by place."""
+  """Add up the memories of a step, of all devices, by place."""
   memories = jax.lax.stop_gradient(memories)
   places = gather(memories.sum(axis=0)[None]).sum(axis=0)
   documents = gather(jnp.full(1, len(memories), jnp.float32)).sum()
@@ -184,11 +198,10 @@ def collect(
 
   Args:
     found: of the memories.
-    gather: brings counts and vectors of all devices together.
+    gather: brings counts, sums and vectors of all devices together.
     rng: equal on all devices.
   """
-  vectors = jax.lax.stop_gradient(memories) - _center(params, memories.shape)
-  vectors = vectors.reshape(-1, vectors.shape[-1])
+  vectors = jax.lax.stop_gradient(_vectors(params, memories))
   sums = jnp.zeros_like(memory.sums).at[found.codes].add(vectors)
   counts, sums, vectors = gather((found.counts[None], sums[None], vectors))
   number = min(len(memory.counts), len(vectors))

@@ -54,8 +54,7 @@ FIXED = (
   "lora_rank", "lora_alpha", "lora_targets", "conditional_lora", "output",
   "blocks", "heads", "head_dim", "slotted", "injector", "prefix_len",
   "injector_hidden", "injector_rank", "prefix_positions", "match_pool",
-  "num_codes", "vq_centered", "kv_lora_rank", "kv_lora_alpha",
-  "kv_lora_layers", "t5_mask_bug",
+  "num_codes", "kv_lora_rank", "kv_lora_alpha", "kv_lora_layers", "t5_mask_bug",
 )  # fmt: skip
 
 

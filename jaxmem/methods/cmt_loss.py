@@ -274,7 +274,7 @@ def _documents(model, frozen, params, batch, memory, gather, rng, rng_codes):
   if not settings.num_codes:
     return memories, None, memory
   flat = memories.reshape(-1, *memories.shape[2:])
-  if rng_codes is not None:
+  if rng_codes is not None and settings.vq_centered:
     memory = codebook.collect_places(memory, flat, gather)
   if settings.no_quantize:
     return memories, None, memory

@@ -256,7 +256,10 @@ def make_optimizer(
   clip_norm: float | int | None = 1.0,
   train_aggregator: bool = True,
 ) -> optax.GradientTransformation:
-  """Make AdamW that never touches an adapter's `scale` and `mask`, or "center".
+  """Make AdamW that never touches an adapter's `scale` and `mask`.
+
+  What moves otherwise than by gradients, "center" and a codebook that follows,
+  has no gradient, and no codebook is decayed: our choice.
 
   Args:
     rate: a schedule.
@@ -265,7 +268,9 @@ def make_optimizer(
     train_aggregator: False leaves the aggregator as it is: the paper's figure
       can be read so, though nothing else is said to map onto it.
   """
-  groups = [optimizer.Group(r"(^|/)(scale|mask|center)$", weight_decay=0.0)]
+  groups = [
+    optimizer.Group(r"(^|/)(scale|mask|center|quantizer)$", weight_decay=0.0)
+  ]
   if t5_scale is not None:
     groups.insert(0, optimizer.Group(r"(^|/)t5/", rate_scale=t5_scale))
   if not train_aggregator:

@@ -19,6 +19,7 @@ _PARTS = {
   "output": "mlp",
   "share_question_encoder": False,
   "injector": "mac_slots",
+  "vq_centered": False,
 }
 _SIZES = (
   "tokens, blocks, heads, head_dim, prefix_len, injector_hidden and, of MBC, "

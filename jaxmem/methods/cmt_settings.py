@@ -75,13 +75,14 @@ class Settings:
   num_codes: int = 0  # of the codebook; 0: none (MBC: 512)
   vq_commitment: float | int = 0.25  # MBC
   vq_weight: float | int = 1.0  # MBC
-  vq_decay: float | int = 0.99  # MBC
+  # Of a code's usage; of "ema", and of "center", too. MBC
+  vq_decay: float | int = 0.99
   vq_threshold: float | int = 1e-4  # MBC
   vq_update: str = "loss"  # of UPDATES, what moves codes; MBC: its loss
   # A place's vectors are quantised without their running mean, "center" of the
   # parameters. Our choice; MBC: False.
   vq_centered: bool = False
-  no_quantize: bool = False  # memories are read as they are
+  no_quantize: bool = False  # in training memories are read as they are
   kv_lora_rank: int = 0  # adapter of the model's keys and values; 0: none
   kv_lora_alpha: float | int = 64.0  # MBC
   kv_lora_layers: int = 16  # the last so many (MBC)

@@ -100,6 +100,13 @@ def make_stages(config: ConfigDict) -> tuple[cmt_train.Stage, ...]:
       f"order={tuple(config.order)} has no stage of method={config.method}: "
       "see only of config.stages"
     )
+  codes = own_settings(config).get("num_codes", 0)
+  if found and codes and dict(found[-1].changes)["no_quantize"]:
+    raise ValueError(
+      f"the last stage, {found[-1].name}, has no_quantize, and the bank would "
+      f"hold codes of a codebook that nothing has trained: end order="
+      f"{tuple(config.order)} with one that trains it"
+    )
   return found
 
 

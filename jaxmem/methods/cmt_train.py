@@ -188,7 +188,7 @@ def train(
     )
 
   return staged.train(
-    init_state(params, tx, cmt_codebook.start(model)),
+    init_state(params, tx, cmt_codebook.start(model, params)),
     frozen,
     [staged_as(stage) for stage in stages],
     staged.Pace(

@@ -19,6 +19,7 @@ from jaxmem.data import world
 from jaxmem.memory import bank
 from jaxmem.methods import (
   cmt,
+  cmt_params,
   cmt_setup,
   cmt_streams,
   cmt_train,
@@ -263,7 +264,7 @@ def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
     ({"eval.decode": "sampling"}, "sampling"),
     ({"eval.capacity": 5}, "stream has 6 documents"),
     (
-      {"eval.policy": "nn_average", "method": "mbc", "order": "('all',)"},
+      {"eval.policy": "nn_average", "method": "mbc", "order": "('many',)"},
       "this bank holds codes",
     ),
     (
@@ -280,6 +281,10 @@ def test_a_stage_on_the_world_is_drawn_on_the_device(model_dir):
     ({"order": "('all',)"}, "has no stage of method=cmt"),
     ({"export_dtype": "float8"}, "export_dtype is 'float8'"),
     ({"stages.many.no_aggregate": True}, "has known=1 questions"),
+    (
+      {"method": "mbc", "order": "('one',)"},
+      "last stage, one, has no_quantize",
+    ),
     (
       {"method": "mac", "order": "('all',)", "stages.all.alpha": 0.5},
       "stages.all.alpha is 0.5, of an objective that method=mac has not",
@@ -306,15 +311,20 @@ def test_wrong_settings_stop_before_anything_is_compiled(
 
 def test_the_three_methods_differ_as_said():
   config = configs.load("configs/cmt.py:tiny")
-  found = {}
+  found, quantized = {}, {}
   for name in cmt_setup.METHODS:
     configs.apply(config, {"method": name})
     settings = cmt_setup.make_settings(config)
-    stage = dict(cmt_setup.make_stages(config)[-1].changes)
+    stages = cmt_setup.make_stages(config)
+    stage = dict(stages[-1].changes)
+    quantized[name] = [not dict(x.changes)["no_quantize"] for x in stages]
     found[name] = (settings.alpha, settings.beta, settings.num_codes, stage)
-  assert found["mac"][:3] == (0, 0, 0) and found["mbc"][:3] == (0, 0, 512)
+  assert found["mac"][:3] == (0, 0, 0) and found["mbc"][2] == 512
   assert found["cmt"][0] > 0 and found["mac"][3]["train_retrieved"] == 0
-  assert found["cmt"][3]["train_retrieved"] == 16
+  assert found["mbc"][0] == 0 and found["mbc"][1] > 0
+  for name in ("cmt", "mbc"):
+    assert found[name][3]["train_retrieved"] == 16
+  assert quantized["mbc"] == [False, True, True]
 
 
 def test_probes_ask_about_whole_rows(model_dir):
@@ -424,6 +434,49 @@ def test_paper_config_of_each_method(
   assert training.t5_scale == (0.1 if method == "cmt" else 1.0)
 
 
+@pytest.mark.parametrize("name", ["smoke", "tiny"])
+def test_every_method_begins(name):
+  config = configs.load(f"configs/cmt.py:{name}")
+  for method in cmt_setup.METHODS:
+    configs.apply(config, {"method": method})
+    base = cmt_setup.load_base(config)
+    params = jax.eval_shape(
+      lambda weights, model=base.model: cmt_params.init(
+        model, weights, rng=jax.random.key(0)
+      ),
+      base.weights,
+    )
+    assert ("center" in params) == (method == "mbc")
+
+
+def test_memories_before_codes(model_dir, tmp_path):
+  """MBC's first stages: stopped within codes it goes on and ends the same."""
+  changes = {
+    "method": "mbc",
+    "order": "('one', 'codes')",
+    "of_method.mbc.tokens": 2,
+    "of_method.mbc.num_codes": 16,
+    "stages.one.steps": 2,
+    "stages.codes.steps": 4,
+    "eval.ladder": "('own memory',)",
+  }
+  for stage in ("one", "codes"):
+    changes |= {f"stages.{stage}.rows": 1, f"stages.{stage}.questions": 1}
+  config = make_config(model_dir, **changes)
+  experiment.run(config, tmp_path / "whole", never)
+  experiment.run(config, tmp_path / "cut", StopAfter(2))
+  assert not (tmp_path / "cut" / "memory").exists()
+  experiment.run(config, tmp_path / "cut", never)
+  one, other = (
+    load_file(tmp_path / name / "memory" / "memory.safetensors")
+    for name in ("whole", "cut")
+  )
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  assert np.any(one["center"]) and np.abs(one["quantizer"]).max() > 1 / 16
+  bank_of = json.loads((tmp_path / "whole" / "result.json").read_text())["bank"]
+  assert bank_of["fill"] == 6
+
+
 def test_tiny_trains_all_methods_alike():
   config = configs.load("configs/cmt.py:tiny")
   for method in cmt_setup.METHODS:
@@ -453,14 +506,15 @@ def test_every_value_of_the_config_is_read():
     assert re.search(read, code), name
 
 
-def test_every_point_of_the_ablations(tmp_path):
+@pytest.mark.parametrize("name", ["cmt_ablations", "cmt_many_ablations"])
+def test_every_point_of_the_ablations(name, tmp_path):
   """Each is something else than all without it, and what it says."""
-  name = "configs/cmt_ablations.py"
+  name = f"configs/{name}.py"
   points = sweep.make_points(name, tmp_path, experiment="experiments.cmt")
   whole, without_match = cmt_setup.learned(configs.load(name)), 0
   for point in points:
     changes = dict(point.overrides)
-    if changes.pop("seed"):
+    if changes.pop("seed", 0) or not changes:
       continue
     config = configs.apply(configs.load(name), changes)
     assert cmt_setup.learned(config) != whole, changes

@@ -295,7 +295,7 @@ def test_training_step(base, bank, path):
   labels = found.inputs["qa_ids"].shape[1]
   settings = dataclasses.replace(found.model.settings, answer_labels=labels)
   model = found.model._replace(settings=settings)
-  memory = cmt_codebook.start(model)
+  memory = cmt_codebook.start(model, found.params)
   (loss, parts), grads = mac_set.train(
     model, found.params, memory, found.frozen, mac_set.batch(found, number)
   )

@@ -320,7 +320,7 @@ def test_a_question_without_a_document_is_in_no_matching_loss():
 def test_codes_take_the_place_of_memories_and_move():
   model = model_of(mbc.settings, num_codes=7, kv_lora_rank=2, kv_lora_layers=1)
   params, batch = params_of(model), batch_of()
-  memory = cmt_codebook.start(model)
+  memory = cmt_codebook.start(model, params)
   (_, aux), grads = jax.jit(
     jax.value_and_grad(lambda p: loss_of(model, p, batch, memory), has_aux=True)
   )(params)

@@ -44,7 +44,7 @@ def _run(name, follows=False):
   params, base = params_of(model), small.params()
   # A large eps: Adam divides rounding errors by their size.
   tx = cmt_params.make_optimizer(lambda step: 1e-2)
-  state = init_state(params, tx, cmt_codebook.start(model))
+  state = init_state(params, tx, cmt_codebook.start(model, params))
   if not pmap:
     sizes = MESHES[name]
     mesh = parallel.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxmem.methods import cmt_files
+from jaxmem.methods import cmt_files, mbc
 from tests.methods import small
 from tests.methods.test_cmt import model_of, params_of
 
@@ -33,6 +33,16 @@ def test_round_trip(tmp_path):
     load(tmp_path),
     params,
   )
+
+
+def test_places_means_are_among_the_weights(tmp_path):
+  model = model_of(mbc.settings, num_codes=7, vq_centered=True)
+  params, saved = params_of(model), SAVED._replace(settings=model.settings)
+  cmt_files.save(tmp_path, saved, params)
+  assert (load(tmp_path, model)["center"] == params["center"]).all()
+  plain = model_of(mbc.settings, num_codes=7)
+  with pytest.raises(ValueError, match=r"center: expected None, got \(3, 16"):
+    load(tmp_path, plain)
 
 
 def test_weights_of_another_model_or_shape_are_refused(tmp_path):

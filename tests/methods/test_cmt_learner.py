@@ -295,11 +295,28 @@ def test_compiled_it_starts_again_from_the_same_key():
 
 
 def test_codes_are_all_that_a_bank_of_mbc_holds():
-  model = model_of(mbc.settings, num_codes=7, kv_lora_rank=2)
-  learner = learner_of(model, dataclasses.replace(READING, retrieved=0))
+  """Of vectors without their place's mean, which comes back when they are read;
+  keys are of what is read."""
+  model = model_of(
+    mbc.settings, num_codes=7, kv_lora_rank=2, vq_centered=True, beta=0.1
+  )
+  learner = learner_of(model)
   state = read(learner)
   assert state.memories.dtype == jnp.uint16
-  assert state.memories.shape == (8, 3) and int(state.memories.max()) < 7
+  assert state.memories.shape == (8, 3)
+  params = params_of(model)
+  texts = learner.encode_documents(DOCUMENTS[:4]).texts
+  texts = jax.tree.map(lambda x: jnp.asarray(x[:, 0]), texts)
+  made = np.asarray(cmt.compress(model, small.params(), params, texts))
+  center, codes = (np.asarray(params[k]) for k in ("center", "quantizer"))
+  away = np.square((made - center)[:, :, None] - codes).sum(axis=-1)
+  np.testing.assert_array_equal(state.memories[:4], away.argmin(axis=-1))
+  want = codes[away.argmin(axis=-1)] + center
+  held = cmt_learner.stored_memories(params, state)[:4]
+  np.testing.assert_allclose(held, want, rtol=1e-5, atol=1e-5)
+  key = want.mean(axis=1)
+  key = key / np.linalg.norm(key, axis=-1, keepdims=True)
+  np.testing.assert_allclose(state.key[:4], key, rtol=1e-4, atol=1e-5)
   assert ask(learner, state).tokens.shape == (4, 3)
 
 

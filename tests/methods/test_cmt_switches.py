@@ -206,10 +206,10 @@ def test_which_codes_are_unused(threshold, moved):
   model = model_of(
     mbc.settings, num_codes=7, vq_threshold=threshold, vq_decay=0.5
   )
-  memory = cmt_codebook.start(model)._replace(
+  codes = {"quantizer": jnp.zeros((7, WIDTH))}
+  memory = cmt_codebook.start(model, codes)._replace(
     candidates=jnp.ones((7, WIDTH)), counts=jnp.full(7, 0.3), found=jnp.int32(7)
   )
-  codes = {"quantizer": jnp.zeros((7, WIDTH))}
   update = cmt_codebook.make_post_update(model, lambda moments, _: moments)
   state = TrainState(jnp.int32(0), codes, (), memory)
   found = update(state, None, jax.random.key(0))
@@ -224,11 +224,13 @@ def test_codes_and_the_mean_of_places_follow_the_memories(quantized):
     mbc.settings, num_codes=7, vq_update="ema", vq_centered=True,
     vq_decay=0.75, no_quantize=not quantized,
   )  # fmt: skip
-  params, memory = params_of(model), cmt_codebook.start(model)
+  params = params_of(model)
   params = params | {
     name: _draw(seed, *params[name].shape)
     for seed, name in enumerate(("center", "quantizer"))
   }
+  memory = cmt_codebook.start(model, params)
+  assert (memory.usage.ema == 1).all(), "these codes are trained"
   memory = memory._replace(
     usage=memory.usage._replace(ema=jnp.full(7, 0.5)),
   )
@@ -248,7 +250,11 @@ def test_codes_and_the_mean_of_places_follow_the_memories(quantized):
     found.params["center"], center + 0.25 * (memories.mean(axis=0) - center),
     rtol=1e-4, atol=1e-5,
   )  # fmt: skip
-  assert float(found.memory.documents) == 0
+  for name in ("counts", "sums", "documents", "places", "found"):
+    kept = np.asarray(getattr(found.memory, name))
+    collected = quantized or name in ("documents", "places")
+    assert np.any(getattr(aux.memory, name)) == collected, name
+    assert not kept.any(), f"{name} are of one step"
   codes = np.asarray(params["quantizer"])
   if not quantized:
     np.testing.assert_array_equal(found.params["quantizer"], codes)
@@ -269,6 +275,22 @@ def test_codes_and_the_mean_of_places_follow_the_memories(quantized):
   read = cmt_codebook.quantize(model, params, jnp.asarray(memories))
   read = cmt_codebook.with_gradient(params, read, jnp.asarray(memories))
   np.testing.assert_allclose(learned, read, rtol=1e-4, atol=1e-5)
+
+
+def test_what_follows_is_neither_decayed_nor_moved_by_adam():
+  tx = cmt_params.make_optimizer(lambda step: 1e-2, weight_decay=0.5)
+  params = {k: jnp.ones(2) for k in ("center", "quantizer", "slots")}
+  moved, _ = tx.update(
+    jax.tree.map(jnp.zeros_like, params), tx.init(params), params
+  )
+  assert (moved["center"] == 0).all() and (moved["quantizer"] == 0).all()
+  assert (moved["slots"] < 0).all()
+
+
+def test_a_drawn_codebook_gives_way_and_a_trained_one_stays():
+  model = model_of(mbc.settings, num_codes=7)
+  params = cmt_params.init(model, small.params(), rng=jax.random.key(0))
+  assert (cmt_codebook.start(model, params).usage.ema == 0).all()
 
 
 def test_t5s_have_a_rate_of_their_own():
