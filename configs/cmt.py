@@ -336,12 +336,11 @@ def _tiny_stages(config: ConfigDict) -> None:
   # alone a value's second token is learned late or never); MBC's in codes; then
   # many to choose among. No questions on known facts: eval.min_match keeps
   # these.
-  alone = {
-    "no_aggregate": True, "questions": 4, "beta": 0.1, "reconstruct": 0.5,
-  }  # fmt: skip
+  alone = {"no_aggregate": True, "questions": 4, "reconstruct": 0.5}
   config.stages.one = _stage(
-    steps=1000, only=("cmt", "mbc"), alpha=0.0, no_quantize=True, **alone
-  )
+    steps=1000, only=("cmt", "mbc"), alpha=0.0, beta=0.1, no_quantize=True,
+    **alone,
+  )  # fmt: skip
   config.stages.codes = _stage(steps=400, only=("mbc",), **alone)
   config.stages.many = _stage(
     steps=850, only=("cmt", "mbc"), rows=16, asked=2, keep=0.5, retrieved=16
