@@ -269,7 +269,11 @@ def answer(
   state: bank.Bank,
   batch: QuestionBatch,
 ) -> Answers:
-  """Answer questions from the bank; with nothing in it, as the model would."""
+  """Answer questions from the bank; with nothing in it, as the model would.
+
+  A question that draws on nothing is read without MBC's adapter (our choice),
+  which is learned together with memories.
+  """
   frozen, params = weights
   question = cmt.compress(model, frozen, params, batch.asked, question=True)
   found = None
@@ -286,9 +290,10 @@ def answer(
   shape = prefix.key.shape[:3]  # [L, B, P]
   live = jnp.broadcast_to(something[None, :, None], shape)
   prefix = prefix._replace(valid=live)
-  adapters, adapted = params.get("kv_lora"), None
+  adapters, adapted = params.get("kv_lora"), something.astype(jnp.int32)
   if readout is not None:
-    prefix, start, adapted = _branches(prefix, start)
+    prefix, start, with_memory = _branches(prefix, start)
+    adapted = jnp.repeat(adapted, 2) * with_memory
   out = generate.generate(
     model.config,
     frozen,

@@ -347,20 +347,29 @@ def test_the_plain_branch_has_no_adapter():
   learner = cmt_learner.make_learner(
     "small", model, weights, READING, small.tokenizer()
   )
-  # Of an empty bank l(y | KV, q) has the adapter, l(y | q) has not.
-  out = ask(learner, learner.init(jax.random.key(0)))
-  prompt = jax.tree.map(
-    jnp.asarray, learner.encode_questions(QUESTIONS[:1]).prompt
+  state = read(learner)
+  batch = learner.encode_questions(QUESTIONS[:1])
+  asked, prompt = jax.tree.map(jnp.asarray, (batch.asked, batch.prompt))
+  question = cmt.compress(model, small.params(), params, asked, question=True)
+  found = cmt_learner.retrieve(model, READING, state, question, batch)
+  latents = cmt_learner.aggregate(model, params, state, question, found)
+  prefix = cmt.to_prefix(model, params, latents)
+  with_memory, plain = (
+    cmt.read(model, small.params(), *given)[0, -1]
+    for given in ((params, prompt, prefix), ({}, prompt, None))
   )
-  states = [
-    cmt.read(model, small.params(), p, prompt, None)[0, -1]
-    for p in (params, {})
-  ]
-  best = [
-    int(generate.decoder.logits(small.CONFIG, small.params(), h[None]).argmax())
-    for h in (cmt.adjust(*states, 0.5), states[0])
-  ]
-  assert int(out.tokens[0, 0]) == best[0]
+  adapted = cmt.read(model, small.params(), params, prompt, None)[0, -1]
+
+  def best(states):
+    scores = generate.decoder.logits(small.CONFIG, small.params(), states[None])
+    return int(scores.argmax())
+
+  # Of a bank l(y | KV, q) has the adapter, l(y | q) has not.
+  want = best(cmt.adjust(with_memory, plain, 0.5))
+  assert int(ask(learner, state, QUESTIONS[:1]).tokens[0, 0]) == want
+  # With nothing to draw on it is the model as it was.
+  out = ask(learner, learner.init(jax.random.key(0)), QUESTIONS[:1])
+  assert int(out.tokens[0, 0]) == best(plain) != best(adapted)
 
 
 def test_documents_with_one_beginning_are_not_the_same():
