@@ -50,4 +50,5 @@ def get_sweep() -> list[Point]:
     {"stages.many.retrieved": 0},
     {"stages.many.keep": 1.0},
     {"stages.many.hard": 0.0},
+    {"stages.many.reconstruct": 0.5},
   ]
