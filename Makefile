@@ -43,7 +43,7 @@ shipped: $(STAMP)  ## retrain every shipped weight (CPU or accelerator)
 	    --workdir=out/shipped/$$model --config.export=jaxmem/models/$$model \
 	    $(ARGS) || exit 1; \
 	done
-	for run in cmt,2 mac,2; do \
+	for run in cmt,2 mac,2 mbc,0; do \
 	  method=$${run%,*}; \
 	  $(RUN) -m experiments.cmt --config=configs/cmt.py:tiny \
 	    --workdir=out/shipped/$$method --config.method=$$method \

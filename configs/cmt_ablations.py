@@ -23,12 +23,7 @@ def get_sweep() -> list[Point]:
     # The paper's ablations (2) and (3), and its loss in place of ours; (4), no
     # top-k, is a rung of every run's ladder.
     [{"of_method.cmt.memory_aware": "off"}],
-    [
-      {
-        "of_method.cmt.beta": 0.0,
-        "stages.one.beta": 0.0,
-      }
-    ],
+    [{"of_method.cmt.beta": 0.0, "stages.one.beta": 0.0}],
     [{"memory.match": "self"}],
     # Ours.
     [{"of_method.cmt.score_weight": 0.0}],

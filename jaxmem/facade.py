@@ -18,9 +18,9 @@ def load(
   """Load a model with a memory, ready to be written and asked.
 
   Args:
-    path_or_hub_id: "mplus", "cmt" or "mac", which come with the package, a
-      local directory, or else the id of a model on the hub. A directory with a
-      memory.json is one of CMT, MAC or MBC; else it holds MemoryLLM or M+.
+    path_or_hub_id: "mplus", "cmt", "mac" or "mbc", which come with the package,
+      a local directory, or else the id of a model on the hub. A directory with
+      a memory.json is one of CMT, MAC or MBC; else it holds MemoryLLM or M+.
     options: of `bank_facade.load` (mesh, dtype, base, t5) or `pool_facade.load`
       (mesh, dtype, capacity, keep_key_value, ..).
 

@@ -5,8 +5,8 @@ candidates are those of all devices, and the same on each; the code keeps them
 per process. Ours: `vq_update="ema"`, codes that follow the mean of their
 vectors (VQ-VAE, arXiv 1711.00937, appendix A.1), and `vq_centered`: a memory's
 vectors are quantised without the running mean of their place, "center", since
-means of places are further apart than documents are within a place, and the
-codebook would spend itself on them. The mean starts at 0 and follows memories
+the means of places differ about as much as documents do within a place, and
+codes would be spent on them. The mean starts at 0 and follows memories
 with settings.vq_decay, before codes are in use (`no_quantize`) too.
 
 Axes: B documents, C places of a memory, V codes, D width.

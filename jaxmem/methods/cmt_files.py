@@ -27,7 +27,7 @@ WEIGHTS_FILE, SETTINGS_FILE = "memory.safetensors", "memory.json"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
-SHIPPED = ("cmt", "mac")  # trained on the embedded model tiny
+SHIPPED = ("cmt", "mac", "mbc")  # trained on the embedded model tiny
 
 
 def find(name: str | pathlib.Path) -> str | pathlib.Path:

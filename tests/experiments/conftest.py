@@ -1,6 +1,9 @@
 """A model of a few thousand weights that experiments can be run on."""
 
+import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from jaxmem.data import vocabulary
 from jaxmem.models import huggingface
@@ -25,6 +28,25 @@ def model_dir(tmp_path_factory):
     bos_token="<s>", eos_token="</s>", pad_token="<pad>",
   ).save_pretrained(path)  # fmt: skip
   return path
+
+
+def ends_the_same(run, tmp_path, file, polls):
+  """Stop a run after some polls and let it go on: `tmp_path`/cut.
+
+  Args:
+    run: (workdir, stop) -> any; `tmp_path`/whole holds an unstopped one.
+    file: of the trained weights, in its "memory".
+
+  Returns: the tensors, which are those of the whole run.
+  """
+  run(tmp_path / "cut", StopAfter(polls))
+  assert not (tmp_path / "cut" / "memory").exists()
+  run(tmp_path / "cut", lambda step: False)
+  one, other = (
+    load_file(tmp_path / name / "memory" / file) for name in ("whole", "cut")
+  )
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  return one
 
 
 class StopAfter:

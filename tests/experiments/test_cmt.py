@@ -1,6 +1,7 @@
 """The whole experiment on a model of a few thousand weights."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import jaxmem
 from experiments import cmt as experiment
@@ -26,7 +26,7 @@ from jaxmem.methods import (
   cmt_validation,
   staged,
 )
-from tests.experiments.conftest import StopAfter
+from tests.experiments.conftest import ends_the_same
 from tests.methods import small
 
 CONFIG = "configs/cmt.py:smoke"
@@ -195,14 +195,8 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
 
   # Equal weights give equal answers, so that these need not be asked for.
   monkeypatch.setattr(experiment, "ask", lambda *_: None)
-  experiment.run(config, tmp_path / "cut", StopAfter(1))
-  assert not (tmp_path / "cut" / "memory").exists()
-  experiment.run(config, tmp_path / "cut", never)
-  one, other = (
-    load_file(tmp_path / name / "memory" / "memory.safetensors")
-    for name in ("whole", "cut")
-  )
-  jax.tree.map(np.testing.assert_array_equal, one, other)
+  run = functools.partial(experiment.run, config)
+  ends_the_same(run, tmp_path, "memory.safetensors", polls=1)
 
 
 def _cells(table):
@@ -464,15 +458,9 @@ def test_memories_before_codes(model_dir, tmp_path):
     changes |= {f"stages.{stage}.rows": 1, f"stages.{stage}.questions": 1}
   config = make_config(model_dir, **changes)
   experiment.run(config, tmp_path / "whole", never)
-  experiment.run(config, tmp_path / "cut", StopAfter(2))
-  assert not (tmp_path / "cut" / "memory").exists()
-  experiment.run(config, tmp_path / "cut", never)
-  one, other = (
-    load_file(tmp_path / name / "memory" / "memory.safetensors")
-    for name in ("whole", "cut")
-  )
-  jax.tree.map(np.testing.assert_array_equal, one, other)
-  assert np.any(one["center"]) and np.abs(one["quantizer"]).max() > 1 / 16
+  run = functools.partial(experiment.run, config)
+  found = ends_the_same(run, tmp_path, "memory.safetensors", polls=2)
+  assert np.any(found["center"]) and np.abs(found["quantizer"]).max() > 1 / 16
   bank_of = json.loads((tmp_path / "whole" / "result.json").read_text())["bank"]
   assert bank_of["fill"] == 6
 

@@ -150,7 +150,7 @@ def test_what_was_done_is_not_done_again(model_dir, whole, monkeypatch):
 def test_weights_are_asked_for_by_what_still_runs(
   model_dir, tmp_path, monkeypatch
 ):
-  reports, none = [], "mbc/memory.json: no such file"
+  reports, none = [], "was trained on the model with fingerprint"
   monkeypatch.setattr(
     compare, "write_report", lambda _, done: reports.append(done)
   )
@@ -393,7 +393,10 @@ def test_noise_of_every_kind(model_dir, tmp_path):
     ({"learners": "camels", "camels.documents": 0}, "documents is 0"),
     ({"model": "none"}, "none"),
     # Before the first learner runs.
-    ({"learners": "closed_book,mbc"}, "mbc/memory.json: no such file"),
+    (
+      {"learners": "closed_book,mbc", "banks.mbc": "none"},
+      "none/memory.json: no such file",
+    ),
     ({"learners": "closed_book,cmt_4"}, "was trained on the model with finger"),
   ],
 )  # fmt: skip

@@ -1,17 +1,17 @@
 """The whole M+ experiment on a model of a few thousand weights."""
 
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from experiments import mplus as experiment
 from jaxmem import config as configs
 from jaxmem.methods import mplus_files, mplus_setup, staged
-from tests.experiments.conftest import StopAfter
+from tests.experiments.conftest import ends_the_same
 
 TINY = {
   "order": "('store',)",
@@ -64,14 +64,8 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
   monkeypatch.setattr(
     experiment, "make_exam", lambda *_: lambda *_: result | {"recall/0": 0.0}
   )
-  experiment.run(config, tmp_path / "cut", StopAfter(1))
-  assert not (tmp_path / "cut" / "memory").exists()
-  experiment.run(config, tmp_path / "cut", never)
-  one, other = (
-    load_file(tmp_path / name / "memory" / "model.safetensors")
-    for name in ("whole", "cut")
-  )
-  jax.tree.map(np.testing.assert_array_equal, one, other)
+  run = functools.partial(experiment.run, config)
+  one = ends_the_same(run, tmp_path, "model.safetensors", polls=1)
   assert {one["memory"].dtype, one["ltm.0"].dtype} == {jnp.bfloat16.dtype}
   assert one["ltm_ages.0"].dtype == np.float32
 

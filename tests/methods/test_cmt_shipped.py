@@ -54,6 +54,12 @@ def test_mac_answers_from_the_right_memory():
   assert found["shuffled"] < 0.1
 
 
+def test_mbc_answers_from_the_right_codes():
+  found = _ask("mbc", "own", "top/16", "shuffled", "none")
+  assert found["own"] > 0.9 and found["top/16"] > 0.9
+  assert found["shuffled"] < 0.1 and found["none"] < 0.1
+
+
 def test_the_match_that_tells_new_from_known_facts():
   """Found anew it is somewhat less than what the file says: among 64 documents
   in place of 500 the best match of a known fact is less good."""

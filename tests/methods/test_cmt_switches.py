@@ -288,9 +288,22 @@ def test_what_follows_is_neither_decayed_nor_moved_by_adam():
 
 
 def test_a_drawn_codebook_gives_way_and_a_trained_one_stays():
-  model = model_of(mbc.settings, num_codes=7)
-  params = cmt_params.init(model, small.params(), rng=jax.random.key(0))
-  assert (cmt_codebook.start(model, params).usage.ema == 0).all()
+  """One step on vectors of which all choose one code."""
+  model = model_of(mbc.settings, num_codes=7, vq_update="ema")
+  drawn = cmt_params.init(model, small.params(), rng=jax.random.key(0))
+  trained = drawn | {"quantizer": 9 * drawn["quantizer"]}
+  update = cmt_codebook.make_post_update(model, lambda moments, _: moments)
+  counts = jnp.zeros(7).at[2].set(7.0)
+  for params, usage, moved in ((drawn, 0, 7), (trained, 1, 1)):
+    memory = cmt_codebook.start(model, params)
+    assert (memory.usage.ema == usage).all()
+    memory = memory._replace(
+      counts=counts, sums=jnp.ones((7, WIDTH)) * counts[:, None],
+      candidates=jnp.ones((7, WIDTH)), found=jnp.int32(7),
+    )  # fmt: skip
+    state = TrainState(jnp.int32(0), params, (), memory)
+    found = update(state, None, jax.random.key(0)).params["quantizer"]
+    assert (found != params["quantizer"]).any(axis=1).sum() == moved
 
 
 def test_t5s_have_a_rate_of_their_own():
