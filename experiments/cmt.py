@@ -221,7 +221,7 @@ def ask(
       name,
       base.model,
       weights,
-      reading,
+      reading.on(base.mesh),
       base.tokenizer,
       asking=base.asking,
       search=search(stream.documents, reading.retrieved)

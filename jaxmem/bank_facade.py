@@ -27,7 +27,7 @@ from jaxmem.evaluation import streams
 from jaxmem.memory import bank
 from jaxmem.memory import memory as memory_files
 from jaxmem.memory.memory import Memory
-from jaxmem.methods import cmt_batches, cmt_learner, cmt_load
+from jaxmem.methods import bank_shards, cmt_batches, cmt_learner, cmt_load
 from jaxmem.methods.cmt_batches import Reading
 from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
@@ -61,13 +61,14 @@ class BankModel:
     """Make a memory without documents.
 
     Args:
-      capacity: documents that it has room for; see `grow`.
+      capacity: documents that it has room for, rounded up to a multiple of
+        the devices that it is spread over; see `grow`.
       seed: of the policies that draw.
 
     Raises:
       ValueError: a capacity below 1.
     """
-    learner = self._learner(_reading(capacity))
+    learner = self._learner(_reading(self._even(capacity)))
     return Memory(learner.init(jax.random.key(seed)), self.fingerprint)
 
   def write(
@@ -200,7 +201,7 @@ class BankModel:
     Raises:
       ValueError: a memory of another model, or less room than it has.
     """
-    state = bank.grow(self._arrays(memory), capacity)
+    state = bank.grow(self._arrays(memory), self._even(capacity))
     return Memory(state, self.fingerprint)
 
   def statistics(self, memory: Memory) -> bank.Statistics:
@@ -236,15 +237,24 @@ class BankModel:
   def _arrays(self, memory):
     """The bank of a memory of this model, on its devices."""
     memory_files.check(memory, self.fingerprint)
-    return parallel.shard(memory.arrays, self._mesh, parallel.REPLICATE)
+    state = memory.arrays
+    if (even := self._even(len(state.valid))) > len(state.valid):
+      state = bank.grow(state, even)
+    return parallel.shard(state, self._mesh, bank_shards.RULES)
+
+  def _even(self, capacity):
+    """So many slots, rounded up to a number that the mesh divides."""
+    shards = parallel.row_shards(self._mesh)
+    return -(-capacity // shards) * shards
 
   def _learner(self, reading):
     """The learner that reads and asks in one way, compiled once for each."""
     if reading not in self._learners:
       saved, model, weights, tokenizer, asking = self.loaded
       made = cmt_learner.make_learner(
-        saved.method, model, weights, reading, tokenizer, asking=asking
-      )
+        saved.method, model, weights, reading.on(self._mesh), tokenizer,
+        asking=asking,
+      )  # fmt: skip
       self._learners[reading] = compile_learner(made, self._mesh)
     return self._learners[reading]
 
@@ -352,8 +362,9 @@ def load(
 
   Args:
     directory: one of `cmt_files.SHIPPED`, or WORKDIR/memory of experiments.cmt.
-    mesh: spreads the language model; all else is whole on each device. None:
-      the first device.
+    mesh: spreads the language model, and the bank over its slots (data x
+      fsdp): of that no device ever has the whole, but where a question draws
+      on all documents. None: the first device.
     options: of `cmt_load.load` (base, t5, dtype).
 
   Raises:

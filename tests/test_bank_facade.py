@@ -195,9 +195,35 @@ def test_a_mesh_gives_the_same(lm, written, trained):
     memory.arrays.memories[:3], written.arrays.memories[:3], atol=1e-5
   )
   memory = spread.write(memory, TEXTS[3:])
-  assert spread.answer(memory, ASK, settings=FEW) == lm.answer(
-    written, ASK, settings=FEW
-  )
+  said = lm.answer(written, ASK, settings=FEW)
+  assert spread.answer(memory, ASK, settings=FEW) == said
+
+
+def test_a_mesh_spreads_the_bank(lm, written, trained, tmp_path):
+  """From the start on, from a file of any capacity, and after each change."""
+  spread = jaxmem.load(trained("cmt"), mesh=parallel.make_mesh(4, 2, 1))
+  said = lm.answer(written, ASK, settings=FEW)
+
+  def share(memory):
+    return memory.arrays.memories.addressable_shards[0].data.shape[0]
+
+  memory = spread.start(9)
+  assert len(memory.arrays.valid) == 16 and share(memory) == 2
+  memory = spread.write(memory, TEXTS)
+  assert share(memory) == 2
+  assert spread.answer(memory, ASK, settings=FEW) == said
+  assert share(spread.delete(memory, 1)) == 2
+  assert spread.statistics(memory).fill == len(TEXTS)
+  grown = spread.grow(memory, 17)
+  assert len(grown.arrays.valid) == 24
+  assert spread.answer(grown, ASK, settings=FEW) == said
+  spread.save(grown, tmp_path / "bank.safetensors")
+  back = lm.restore(tmp_path / "bank.safetensors")
+  assert lm.answer(back, ASK, settings=FEW) == said
+  lm.save(lm.grow(written, 19), tmp_path / "odd.safetensors")
+  back = spread.restore(tmp_path / "odd.safetensors")
+  assert len(back.arrays.valid) == 24 and share(back) == 3
+  assert spread.answer(back, ASK, settings=FEW) == said
 
 
 def test_t5_compressors(base, tmp_path):

@@ -157,6 +157,38 @@ def top_k(
   return Retrieved(values, jnp.where(found, index, 0), found)
 
 
+def fetch(
+  leaf: jax.Array,
+  index: Int[Array, "B R"],
+  *,
+  axis_name: Hashable | None = None,
+) -> jax.Array:
+  """Return what slots hold, from the devices that they lie on.
+
+  Each device gives what it has and zeros for the rest, and the sum goes by rows
+  to the devices again. Not for scores of -inf or other values that zeros spoil.
+
+  Args:
+    leaf: [M, ..], of numbers; with axis_name the part of this device.
+    index: slots, as `top_k` counts them; the same on all devices.
+    axis_name: as of `top_k`; it divides B.
+
+  Returns: [B, R, ..]; with axis_name this device's rows.
+  """
+  if axis_name is None:
+    return leaf[index]
+  slots = leaf.shape[0]
+  local = index - jax.lax.axis_index(axis_name) * slots
+  here = (local >= 0) & (local < slots)
+  found = leaf[jnp.clip(local, 0, slots - 1)]
+  here = here.reshape(*here.shape, *(1,) * (leaf.ndim - 1))
+  # Sums of integers of fewer bits are not to be had everywhere.
+  wide = jnp.issubdtype(leaf.dtype, jnp.integer)
+  found = jnp.where(here, found, 0).astype(jnp.int32 if wide else leaf.dtype)
+  found = jax.lax.psum_scatter(found, axis_name, tiled=True)
+  return found.astype(leaf.dtype)
+
+
 def _default_block(rows, slots):
   if rows * slots <= _ONCE:
     return slots

@@ -1,10 +1,12 @@
 """Documents and questions as a bank's learner reads them, made on the host."""
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxmem.data.formats import ASSISTANT_HEADER
 from jaxmem.data.memory_rows import Texts
@@ -12,10 +14,12 @@ from jaxmem.data.streams import Document, Question
 from jaxmem.memory import bank
 from jaxmem.models import generate
 from jaxmem.models.generate_settings import GenerateSettings
+from jaxmem.training import parallel
 
 SCORES = ("match", "bm25", "oracle", "random", "shuffled", "none")
 LONG_DOCUMENTS = ("truncate", "chunk", "error")
 DTYPES = ("float32", "bfloat16")
+_log = logging.getLogger(__name__)
 
 
 class DocumentBatch(NamedTuple):
@@ -63,6 +67,7 @@ class Reading:
   max_pieces: int = 1  # of a document, with "chunk"
   max_question_tokens: int = 256  # its last ones (MAC)
   chat: bool = True  # prompts in the embedded models' format; else bare
+  mesh: Mesh | None = None  # the slots are spread over, see `on`
 
   def __post_init__(self):
     for name, allowed in (
@@ -114,6 +119,21 @@ class Reading:
       raise ValueError(
         f"score={self.score} chooses documents: set retrieved to 1 or more"
       )
+
+  def on(self, mesh: Mesh) -> "Reading":
+    """Return it for the devices of a mesh, over which slots are spread.
+
+    Slots that data x fsdp does not divide are whole on every device.
+    """
+    shards = parallel.row_shards(mesh)
+    if self.capacity % shards:
+      _log.warning(
+        "a bank of %d slots is not divisible by data x fsdp = %d: whole on "
+        "each device; give it a multiple",
+        self.capacity, shards,
+      )  # fmt: skip
+    one = shards == 1 or self.capacity % shards
+    return dataclasses.replace(self, mesh=None if one else mesh)
 
 
 def needs_keys(given: Mapping[str, Any], score_weight: float | int) -> bool:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxmem.evaluation.streams import Answers, Cost, Learner
 from jaxmem.memory import aggregator, bank, hierarchy, retriever
-from jaxmem.methods import cmt, cmt_codebook
+from jaxmem.methods import bank_shards, cmt, cmt_codebook
 from jaxmem.methods.cmt_batches import (
   DocumentBatch,
   QuestionBatch,
@@ -23,6 +24,7 @@ from jaxmem.methods.cmt_batches import (
   encode_questions,
 )
 from jaxmem.models import decoder, generate
+from jaxmem.training import parallel
 
 
 class Weights(NamedTuple):
@@ -63,7 +65,7 @@ def make_learner(
       encode_questions, reading, tokenizers[1], tokenizer, search=search
     ),
     # A key of its own: the state is consumed, and the caller keeps its key.
-    init=lambda rng: empty_bank(model, reading, rng=jax.random.fold_in(rng, 0)),
+    init=lambda rng: _start(model, reading, jax.random.fold_in(rng, 0)),
     adapt=functools.partial(functools.partial(adapt, model, reading), weights),
     answer=functools.partial(
       functools.partial(answer, model, reading, readout), weights
@@ -71,6 +73,17 @@ def make_learner(
     size=num_bytes,
     batch_size=reading.batch_size,
   )
+
+
+def _start(model, reading, rng):
+  """An empty bank, of which each device makes its own part."""
+
+  def make(rng):
+    return empty_bank(model, reading, rng=rng)
+
+  if reading.mesh is None:
+    return make(rng)
+  return parallel.init_sharded(make, reading.mesh, bank_shards.RULES, rng)
 
 
 def num_bytes(state: bank.Bank) -> int:
@@ -152,7 +165,7 @@ def retrieve(
   """
   number = reading.retrieved
   if reading.score == "match":
-    found = _best(model, state, question, number)
+    found = _best(model, reading, state, question, number)
     close = found.values[:, :1] >= reading.min_match
     return found._replace(valid=found.valid & close)
   if reading.score == "bm25":
@@ -172,21 +185,25 @@ def retrieve(
 
 
 def best_match(
-  model: cmt.Model, weights: Weights, state: bank.Bank, batch: QuestionBatch
+  model: cmt.Model,
+  reading: Reading,
+  weights: Weights,
+  state: bank.Bank,
+  batch: QuestionBatch,
 ) -> jax.Array:
   """Match each question with its best document: cosines [B]."""
   question = cmt.compress(
     model, weights.frozen, weights.params, batch.asked, question=True
   )
-  return _best(model, state, question, 1).values[:, 0]
+  return _best(model, reading, state, question, 1).values[:, 0]
 
 
-def _best(model, state, question, number):
+def _best(model, reading, state, question, number):
   """The documents that match each question [B, C, D] most."""
   settings = model.settings
   queries = retriever.pooled(question, settings.match_pool)
-  return retriever.top_k(
-    queries, state.key, state.valid, number, parts=settings.key_parts
+  return bank_shards.top_k(
+    state, queries, number, parts=settings.key_parts, mesh=reading.mesh
   )
 
 
@@ -201,14 +218,12 @@ def _slots_of(state: bank.Bank, ids: jax.Array) -> retriever.Retrieved:
   return retriever.Retrieved(jnp.where(valid, 0.0, -jnp.inf), index, valid)
 
 
-def stored_memories(
-  params: cmt.Params, state: bank.Bank, index: jax.Array | None = None
-) -> jax.Array:
-  """Read memories [.., C, D] float32 from the bank, codes looked up."""
-  found = state.memories if index is None else state.memories[index]
+def stored_memories(params: cmt.Params, stored: jax.Array) -> jax.Array:
+  """Return the memories [.., C, D] float32 of what a bank holds: codes are
+  looked up."""
   if "quantizer" in params:
-    found = cmt_codebook.decode(params, found.astype(jnp.int32))
-  return found.astype(jnp.float32)
+    stored = cmt_codebook.decode(params, stored.astype(jnp.int32))
+  return stored.astype(jnp.float32)
 
 
 def aggregate(
@@ -217,11 +232,20 @@ def aggregate(
   state: bank.Bank,
   question: jax.Array,
   found: retriever.Retrieved | None,
+  *,
+  mesh: Mesh | None = None,
 ) -> jax.Array:
-  """Let questions [B, C, D] read what was found, or else the whole bank."""
+  """Let questions [B, C, D] read what was found, or else the whole bank.
+
+  Args:
+    mesh: that the bank is spread over, None: it is not. Without `found` each
+      device has all of it while it reads.
+  """
   settings, weights = model.settings, params["aggregator"]
-  index = None if found is None else found.index
-  memories = stored_memories(params, state, index)
+  fetch = functools.partial(bank_shards.fetch, mesh=mesh)
+  stored = state.memories
+  stored = stored if found is None else fetch(stored, found.index)
+  memories = stored_memories(params, stored)
   if found is None:
     valid = jnp.broadcast_to(state.valid[None], (len(question), len(memories)))
   else:
@@ -233,7 +257,8 @@ def aggregate(
     if found is None:
       scores = match(queries, state.key)
     else:
-      scores = jax.vmap(match)(queries[:, None], state.key[index])[:, 0]
+      keys = fetch(state.key, found.index)
+      scores = jax.vmap(match)(queries[:, None], keys)[:, 0]
     bias = settings.score_weight * scores
   if settings.aggregation == "hierarchical":
     return jax.vmap(
@@ -276,12 +301,13 @@ def answer(
   """
   frozen, params = weights
   question = cmt.compress(model, frozen, params, batch.asked, question=True)
-  found = None
+  found, mesh = None, reading.mesh
   sources = jnp.zeros((len(batch.ids), 0), jnp.int32)
   if reading.retrieved:
     found = retrieve(model, reading, state, question, batch)
-    sources = jnp.where(found.valid, state.doc_id[found.index], -1)
-  latents = aggregate(model, params, state, question, found)
+    ids = bank_shards.fetch(state.doc_id, found.index, mesh=mesh)
+    sources = jnp.where(found.valid, ids, -1)
+  latents = aggregate(model, params, state, question, found, mesh=mesh)
   something = state.valid.any() if found is None else found.valid.any(axis=1)
   something = jnp.broadcast_to(something, batch.valid.shape)
   prefix = cmt.to_prefix(model, params, latents)

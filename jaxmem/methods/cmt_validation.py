@@ -45,7 +45,7 @@ def make_selection(
     capacity=len(stream.documents) * config.data.max_pieces,
   )
   reading = dataclasses.replace(
-    reading,
+    reading.on(base.mesh),
     decode=cmt_setup.decoding("greedy", config.eval.max_new_tokens),
   )
   return selection.Selection(
@@ -185,7 +185,7 @@ def calibrate(
   weights = Weights(base.weights, params)
   reading = cmt_setup.make_reading(
     config, len(stream.documents), capacity=len(stream.documents)
-  )
+  ).on(base.mesh)
   learner = cmt_learner.make_learner(
     "calibration", base.model, weights, reading, base.tokenizer,
     asking=base.asking,
@@ -193,7 +193,7 @@ def calibrate(
   # What it drew on is the answer here, as a number for each question.
   learner = learner._replace(
     answer=functools.partial(
-      functools.partial(cmt_learner.best_match, base.model), weights
+      functools.partial(cmt_learner.best_match, base.model, reading), weights
     )
   )
   compiled = compile_learner(learner, base.mesh)

@@ -36,11 +36,13 @@ def banked(
     loaded = base.reader.loaded
     model, asking = _model(config, base, saved)
     params = cmt_files.load(directory, model, loaded.weights, base.name)
+    capacity = _capacity(config, base, stream)
+    reading = _reading(config, base, saved, capacity, changes)
     learner = cmt_learner.make_learner(
       name,
       model,
       cmt_learner.Weights(loaded.weights, params),
-      _reading(config, base, saved, _capacity(config, base, stream), changes),
+      reading.on(loaded.mesh),
       loaded.tokenizer,
       asking=asking,
     )

@@ -1,7 +1,7 @@
 """One of two processes that search a bank together: PORT RANK.
 
 Each holds half of the slots on two devices of its own; what comes out must be
-what a sort of all of them gives.
+what a sort of all of them gives, and what is fetched what all of them hold.
 """
 
 import functools
@@ -44,6 +44,17 @@ def main():
   np.testing.assert_array_equal(found.index, index)
   want = np.take_along_axis(scores, index, axis=1)
   np.testing.assert_allclose(found.values, want, rtol=1e-5)
+  fetch = jax.shard_map(
+    functools.partial(retriever.fetch, axis_name="slots"),
+    mesh=mesh,
+    in_specs=(slots, whole),
+    out_specs=slots,
+  )
+  rows = np.resize(index, (4, k)).astype(np.int32)
+  for piece in jax.jit(fetch)(
+    put(keys, slots), put(rows, whole)
+  ).addressable_shards:
+    np.testing.assert_array_equal(piece.data, keys[rows][piece.index])
   print("equal")
 
 

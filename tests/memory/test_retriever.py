@@ -126,6 +126,23 @@ def test_shards_of_eight_devices(k):
     _assert_best(one, QUERY, KEYS, np.asarray(VALID), k)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint16", "int32"])
+def test_slots_are_fetched_from_where_they_lie(dtype):
+  held = (1000 * _draw(2, M, C, D)).astype(dtype)
+  index = jnp.asarray(np.random.default_rng(3).integers(0, M, (8, 5)))
+  np.testing.assert_array_equal(retriever.fetch(held, index), held[index])
+  slots, whole = PartitionSpec("slots"), PartitionSpec()
+  fetch = jax.jit(
+    jax.shard_map(
+      functools.partial(retriever.fetch, axis_name="slots"),
+      mesh=jax.make_mesh((8,), ("slots",), axis_types=(AxisType.Auto,)),
+      in_specs=(slots, whole),
+      out_specs=slots,
+    )
+  )
+  np.testing.assert_array_equal(fetch(held, index), held[index])
+
+
 def test_shards_of_two_processes():
   with socket.socket() as free:
     free.bind(("localhost", 0))

@@ -312,7 +312,7 @@ def test_codes_are_all_that_a_bank_of_mbc_holds():
   away = np.square((made - center)[:, :, None] - codes).sum(axis=-1)
   np.testing.assert_array_equal(state.memories[:4], away.argmin(axis=-1))
   want = codes[away.argmin(axis=-1)] + center
-  held = cmt_learner.stored_memories(params, state)[:4]
+  held = cmt_learner.stored_memories(params, state.memories[:4])
   np.testing.assert_allclose(held, want, rtol=1e-5, atol=1e-5)
   key = want.mean(axis=1)
   key = key / np.linalg.norm(key, axis=-1, keepdims=True)
