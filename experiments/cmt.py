@@ -128,6 +128,7 @@ def export(
       t5=() if base.t5 is None else tuple(config.t5.values()),
       chat=config.data.chat,
       document_tokens=config.data.document_tokens,
+      retrieved=cmt_setup.retrieved(config),
     )
     cmt_files.save(
       place, saved, params, dtype=config.export_dtype, record=record

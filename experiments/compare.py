@@ -15,9 +15,9 @@ salient, tfidf (one step of all weights on each document, at a rate tuned on
 another stream, `methods/finetune_learners.py`); camels (the same, its tokens
 weighed by a network that is trained before, `methods/camels.py`); cmt, mac, mbc
 (a bank, with the trained weights of `config.banks`, `methods/cmt_learner.py`:
-cmt draws on the best 16, mac and mbc on all), and other ways to ask it: cmt_4,
-cmt_all, mac_16, mbc_16 (the best 4, all, the best 16), and of each _own (the
-question's document), _random (16 of them), _shuffled (another document);
+questions draw on as many documents as the weights say), and of each other ways
+to ask it, _1, _4, _16 (the best of them), _all, _own (the question's document),
+_random (16 of them), _shuffled (another document);
 memoryllm, mplus (a pool of rows in every layer, with the checkpoints of
 `config.memories`, `methods/mplus_learner.py`), and mplus_own, mplus_random (of
 the long-term store the rows of the question's document first, or any).
@@ -80,22 +80,11 @@ LEARNERS: dict[str, Callable[[ConfigDict, Base, Stream], Made | None]] = {
   "salient": setup.finetuned("salient"),
   "tfidf": setup.finetuned("tfidf"),
   "camels": setup.finetuned("camels", compare_camels.weigh),
-  "cmt": banked("cmt", "cmt"),
-  "cmt_4": banked("cmt_4", "cmt", retrieved=4),
-  "cmt_all": banked("cmt_all", "cmt", retrieved=0),
-  "cmt_own": banked("cmt_own", "cmt", retrieved=1, score="oracle"),
-  "cmt_random": banked("cmt_random", "cmt", score="random"),
-  "cmt_shuffled": banked("cmt_shuffled", "cmt", retrieved=1, score="shuffled"),
-  "mac": banked("mac", "mac"),
-  "mac_16": banked("mac_16", "mac", retrieved=16),
-  "mac_own": banked("mac_own", "mac", retrieved=1, score="oracle"),
-  "mac_random": banked("mac_random", "mac", retrieved=16, score="random"),
-  "mac_shuffled": banked("mac_shuffled", "mac", retrieved=1, score="shuffled"),
-  "mbc": banked("mbc", "mbc"),
-  "mbc_16": banked("mbc_16", "mbc", retrieved=16),
-  "mbc_own": banked("mbc_own", "mbc", retrieved=1, score="oracle"),
-  "mbc_random": banked("mbc_random", "mbc", retrieved=16, score="random"),
-  "mbc_shuffled": banked("mbc_shuffled", "mbc", retrieved=1, score="shuffled"),
+  **{
+    method + way: banked(method + way, method, **changes)
+    for method in compare_banks.METHODS
+    for way, changes in ({"": {}} | compare_banks.WAYS).items()
+  },
   "memoryllm": remembered("memoryllm", "memoryllm"),
   "mplus": remembered("mplus", "mplus"),
   "mplus_own": remembered("mplus_own", "mplus", retrieval="oracle"),

@@ -35,7 +35,6 @@ from jaxmem.training import parallel
 from jaxmem.training.learners import compile_learner
 
 _ROWS = 64  # documents compressed, or questions answered, at once
-_RETRIEVED = 16  # documents that a question draws on with CMT, at most
 _T5_TOKENS = 512  # of a document, for compressors without positions (MAC)
 _LARGEST_ID = 2**31 - 1
 
@@ -131,8 +130,8 @@ class BankModel:
     Args:
       memory: of `write`.
       questions: without any format.
-      retrieved: documents that a question draws on, 0 is all of them; None: 16
-        with CMT, all with MAC and MBC.
+      retrieved: documents that a question draws on, 0 is all of them; None: as
+        the weights say.
       min_match: a question that no document matches as much draws on none; a
         cosine, -1 is never. None: as the weights say.
       chat: put questions into the embedded models' format; None: as in
@@ -159,7 +158,7 @@ class BankModel:
       )
     capacity = len(state.valid)
     if retrieved is None:
-      retrieved = min(_RETRIEVED, capacity) if saved.method == "cmt" else 0
+      retrieved = min(saved.retrieved, capacity)
     if min_match is None:
       min_match = saved.min_match if retrieved else -1.0
     reading = _reading(

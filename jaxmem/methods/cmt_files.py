@@ -73,6 +73,7 @@ class Saved(NamedTuple):
   t5: tuple[str, ...] = ()  # directories, with compressor="t5"
   chat: bool = True  # questions were put in the embedded models' format
   document_tokens: int = 0  # of a document, at most; 0: not known
+  retrieved: int = 0  # documents that a question draws on; 0: all
 
 
 def save(
@@ -129,6 +130,8 @@ def describe(directory: str | pathlib.Path) -> Saved:
     settings = dict(given.pop("settings"))
     settings["lora_targets"] = tuple(settings["lora_targets"])
     t5 = tuple(given.pop("t5", ()))
+    # Of directories that do not say it.
+    given.setdefault("retrieved", 16 if given["method"] == "cmt" else 0)
     return Saved(settings=Settings(**settings), t5=t5, **given)
   except (json.JSONDecodeError, KeyError, TypeError) as error:
     raise ValueError(

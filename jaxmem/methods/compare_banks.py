@@ -3,7 +3,7 @@
 import functools
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,16 @@ from jaxmem.methods.cmt_batches import Reading, needs_keys
 from jaxmem.methods.compare_setup import Base, Made, most_documents
 from jaxmem.training.learners import compile_learner
 
-CMT, MAC, MBC = "cmt", "mac", "mbc"
-RETRIEVED = 16  # documents a question draws on, of CMT; the others read all
+METHODS = ("cmt", "mac", "mbc")
+WAYS = {  # to ask a bank otherwise than the weights say, by a learner's ending
+  "_1": {"retrieved": 1},
+  "_4": {"retrieved": 4},
+  "_16": {"retrieved": 16},
+  "_all": {"retrieved": 0},
+  "_own": {"retrieved": 1, "score": "oracle"},
+  "_random": {"retrieved": 16, "score": "random"},
+  "_shuffled": {"retrieved": 1, "score": "shuffled"},
+}
 
 
 def banked(
@@ -37,7 +45,7 @@ def banked(
     model, asking = _model(config, base, saved)
     params = cmt_files.load(directory, model, loaded.weights, base.name)
     capacity = _capacity(config, base, stream)
-    reading = _reading(config, base, saved, capacity, changes)
+    reading = make_reading(config, base, saved, capacity, changes)
     learner = cmt_learner.make_learner(
       name,
       model,
@@ -73,26 +81,33 @@ def _capacity(config, base, stream) -> int:
   return capacity
 
 
-def _reading(config, base, saved, capacity, changes) -> Reading:
-  """How a bank of the method's is filled and asked."""
+def make_reading(
+  config: ConfigDict,
+  base: Base,
+  saved: cmt_files.Saved,
+  capacity: int,
+  changes: Mapping[str, Any],
+) -> Reading:
+  """Say how a bank is filled and asked: as its weights say, but for `changes`.
+
+  Where documents are not chosen by their match, none is too low.
+  """
   limit = config.min_match
   limit = saved.min_match if limit is None else limit
-  matched = saved.method == CMT and changes.get("score", "match") == "match"
-  matched = matched and changes.get("retrieved", RETRIEVED)
+  retrieved = min(changes.get("retrieved", saved.retrieved), capacity)
+  matched = retrieved and changes.get("score", "match") == "match"
   given = {
     "capacity": capacity,
     "policy": config.banks.policy,
     "dtype": config.banks.dtype,
     "min_match": limit if matched else -1.0,
     "decode": base.reader.decode,
-    "retrieved": 0 if saved.method in (MAC, MBC) else RETRIEVED,
     "batch_size": base.reader.batch_size,
     "max_document_tokens": config.data.document_tokens,
     "max_question_tokens": config.ask.max_question_tokens,
     "chat": config.data.chat,
   }
-  given |= changes
-  given["retrieved"] = min(given["retrieved"], capacity)
+  given |= changes | {"retrieved": retrieved}
   given["keyed"] = needs_keys(given, saved.settings.score_weight)
   return Reading(**given)
 
@@ -110,7 +125,7 @@ def check(
       T5s that are missing, or a bank that cannot be as the config says.
   """
   methods = dict.fromkeys(name.split("_")[0] for name in names)
-  methods = [method for method in methods if method in (CMT, MAC, MBC)]
+  methods = [method for method in methods if method in METHODS]
   capacity = len(stream.documents)
   if methods and config.banks.capacity:
     capacity = _capacity(config, base, stream)
@@ -118,7 +133,7 @@ def check(
     directory, saved = _described(config, method)
     cmt_files.check_base(directory, saved, base.name)
     model, _ = _model(config, base, saved)
-    reading = _reading(config, base, saved, capacity, {})
+    reading = make_reading(config, base, saved, capacity, {})
     empty = functools.partial(cmt_learner.empty_bank, model, reading)
     bank.check_policy(
       jax.eval_shape(lambda empty=empty: empty(rng=jax.random.key(0))),

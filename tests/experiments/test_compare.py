@@ -14,6 +14,7 @@ from jaxmem.methods import (
   cmt,
   cmt_files,
   cmt_params,
+  compare_banks,
   compare_setup,
   finetune_learners,
   mac,
@@ -347,11 +348,27 @@ def test_banks_that_do_not_go(model_dir, t5_bank, tmp_path):
 
 
 def test_the_ways_to_ask_a_bank():
-  names = set(compare.LEARNERS)
-  ways = {"", "_16", "_own", "_random", "_shuffled"}
-  for method in ("mac", "mbc"):
-    assert {f"{method}{way}" for way in ways} <= names
-  assert {"cmt_4", "cmt_all", "cmt_own", "cmt_random", "cmt_shuffled"} <= names
+  ways = "", "_1", "_4", "_16", "_all", "_own", "_random", "_shuffled"
+  for method in ("cmt", "mac", "mbc"):
+    for way in ways:
+      assert f"{method}{way}" in compare.LEARNERS
+
+
+@pytest.mark.parametrize(
+  ("changes", "drawn", "limit"),
+  [({}, 16, 0.7), ({"retrieved": 4}, 4, 0.7), ({"retrieved": 0}, 0, -1.0),
+   ({"retrieved": 1, "score": "oracle"}, 1, -1.0)],
+)  # fmt: skip
+def test_a_bank_is_asked_as_its_weights_say(
+  model_dir, tmp_path, changes, drawn, limit
+):
+  config = make_config(model_dir)
+  base = compare_setup.load_base(config, tmp_path, never)
+  saved = cmt_files.describe(cmt_files.find("mbc"))._replace(min_match=0.7)
+  found = compare_banks.make_reading(config, base, saved, 32, changes)
+  assert (found.retrieved, found.min_match) == (drawn, limit)
+  found = compare_banks.make_reading(config, base, saved, 8, changes)
+  assert found.retrieved == min(drawn, 8)
 
 
 def test_noise_of_every_kind(model_dir, tmp_path):

@@ -12,7 +12,16 @@ from tests.methods.test_cmt import model_of, params_of
 
 MODEL = model_of()
 SAVED = cmt_files.Saved(
-  "cmt", MODEL.settings, "base", 0.5, "nano", "bfloat16", ("a", "b"), False, 7
+  "cmt",
+  MODEL.settings,
+  "base",
+  0.5,
+  "nano",
+  "bfloat16",
+  ("a", "b"),
+  False,
+  7,
+  3,
 )
 
 
@@ -77,6 +86,20 @@ def test_missing_or_broken_files(tmp_path):
     cmt_files.describe(tmp_path)
   with pytest.raises(ValueError, match="dtype is 'float8'"):
     cmt_files.save(tmp_path, SAVED, params_of(MODEL), dtype="float8")
+
+
+@pytest.mark.parametrize(
+  ("method", "drawn"), [("cmt", 16), ("mac", 0), ("mbc", 0)]
+)
+def test_directories_that_do_not_say_what_questions_draw_on(
+  tmp_path, method, drawn
+):
+  cmt_files.save(tmp_path, SAVED._replace(method=method), params_of(MODEL))
+  path = tmp_path / cmt_files.SETTINGS_FILE
+  found = json.loads(path.read_text())
+  assert found.pop("retrieved") == 3
+  path.write_text(json.dumps(found))
+  assert cmt_files.describe(tmp_path).retrieved == drawn
 
 
 def test_names_of_shipped_weights():
