@@ -51,7 +51,7 @@ def trained(base, tmp_path_factory):
     model = MODELS[name]
     saved = cmt_files.Saved(
       name, model.settings, fingerprint(small.params()), model=str(base),
-      document_tokens=6,
+      document_tokens=6, retrieved=16 if name == "cmt" else 0,
     )  # fmt: skip
     saved = saved._replace(**changes)
     cmt_files.save(path, saved, params_of(model, seed))
