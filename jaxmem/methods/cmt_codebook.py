@@ -7,7 +7,9 @@ vectors (VQ-VAE, arXiv 1711.00937, appendix A.1), and `vq_centered`: a memory's
 vectors are quantised without the running mean of their place, "center", since
 the means of places differ about as much as documents do within a place, and
 codes would be spent on them. The mean starts at 0 and follows memories
-with settings.vq_decay, before codes are in use (`no_quantize`) too.
+with settings.vq_decay, before codes are in use (`no_quantize`) too. Mean and
+usage are among the parameters, though no gradient moves them, so that weights
+have them where training goes on.
 
 Axes: B documents, C places of a memory, V codes, D width.
 """
@@ -27,7 +29,6 @@ from jaxmem.training.step import Gather
 class Codebook(NamedTuple):
   """What the codebook moves by; carried as the train state's memory."""
 
-  usage: quantizer.Usage
   counts: jax.Array  # [V] float32, of this step
   candidates: jax.Array  # [V, D] vectors that may replace unused codes
   found: jax.Array  # [] int32, how many of them there are
@@ -36,20 +37,12 @@ class Codebook(NamedTuple):
   places: jax.Array  # [C, D] their memories' sum
 
 
-def start(model: Model, params: Params) -> Any:
-  """Return the train state's memory at step 0: `Codebook`, or () without.
-
-  Weights come without the usage of their codes: where these are trained, and no
-  longer as `quantizer.init` draws them, each begins as if chosen once a step
-  (our choice), so that one batch does not take all places.
-  """
+def start(model: Model) -> Any:
+  """Return the train state's memory at step 0: `Codebook`, or () without."""
   number, width = model.settings.num_codes, model.config.hidden_size
   if not number:
     return ()
-  usage = quantizer.init_usage(number)
-  trained = jnp.abs(params["quantizer"]).max() > 1 / number
   return Codebook(
-    usage._replace(ema=jnp.where(trained, 1.0, usage.ema)),
     jnp.zeros(number),
     jnp.zeros((number, width)),
     jnp.int32(0),
@@ -121,15 +114,15 @@ def make_post_update(model: Model, moments: Callable) -> Callable | None:
     )
     if settings.no_quantize:
       return state
-    codes = params["quantizer"]
+    codes, usage = params["quantizer"], quantizer.Usage(params["usage"])
     if settings.vq_update == "ema":
       codes = quantizer.follow(
-        codes, memory.usage, memory.sums, memory.counts,
+        codes, usage, memory.sums, memory.counts,
         decay=settings.vq_decay,
       )  # fmt: skip
     codes, usage, replaced = quantizer.reset(
       codes,
-      memory.usage,
+      usage,
       memory.candidates,
       memory.counts,
       found=memory.found,
@@ -137,10 +130,9 @@ def make_post_update(model: Model, moments: Callable) -> Callable | None:
       threshold=settings.vq_threshold,
     )
     return state._replace(
-      params=params | {"quantizer": codes},
+      params=params | {"quantizer": codes, "usage": usage.ema},
       opt_state=moments(state.opt_state, replaced),
       memory=state.memory._replace(
-        usage=usage,
         counts=jnp.zeros_like(memory.counts),
         found=jnp.int32(0),
         sums=jnp.zeros_like(memory.sums),

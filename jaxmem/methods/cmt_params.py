@@ -59,6 +59,7 @@ def init(
     params["quantizer"] = quantizer.init(
       settings.num_codes, width, rng=rngs["codes"]
     )
+    params["usage"] = quantizer.init_usage(settings.num_codes).ema
     if settings.vq_centered:
       params["center"] = jnp.zeros((settings.tokens, width))
   if settings.kv_lora_rank:
@@ -228,12 +229,13 @@ def _kv_lora(model, frozen, rng):
 
 
 def num_parameters(params: Params) -> dict[str, int]:
-  """Count what is learned, by part and in total."""
+  """Count what is learned, by part and in total; the usage of codes is not."""
   counts = {
     name: sum(
       leaf.size for leaf in jax.tree.leaves(_learned(part)) if leaf is not None
     )
     for name, part in params.items()
+    if name != "usage"
   }
   return counts | {"total": sum(counts.values())}
 
@@ -258,8 +260,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Make AdamW that never touches an adapter's `scale` and `mask`.
 
-  What moves otherwise than by gradients, "center" and a codebook that follows,
-  has no gradient, and no codebook is decayed: our choice.
+  What moves otherwise than by gradients, "center", "usage" and a codebook that
+  follows, has no gradient, and no codebook is decayed: our choice.
 
   Args:
     rate: a schedule.
@@ -269,7 +271,9 @@ def make_optimizer(
       can be read so, though nothing else is said to map onto it.
   """
   groups = [
-    optimizer.Group(r"(^|/)(scale|mask|center|quantizer)$", weight_decay=0.0)
+    optimizer.Group(
+      r"(^|/)(scale|mask|center|quantizer|usage)$", weight_decay=0.0
+    )
   ]
   if t5_scale is not None:
     groups.insert(0, optimizer.Group(r"(^|/)t5/", rate_scale=t5_scale))

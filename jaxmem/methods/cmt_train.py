@@ -188,7 +188,7 @@ def train(
     )
 
   return staged.train(
-    init_state(params, tx, cmt_codebook.start(model, params)),
+    init_state(params, tx, cmt_codebook.start(model)),
     frozen,
     [staged_as(stage) for stage in stages],
     staged.Pace(

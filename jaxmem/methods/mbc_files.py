@@ -45,7 +45,7 @@ def read(
     model, documents, questions, heads: see `mac_files.read`.
     alpha: see `read_kv_lora`.
 
-  Returns: MAC's tree with "quantizer" and "kv_lora", float32.
+  Returns: MAC's tree with "quantizer", "usage" and "kv_lora", float32.
 
   Raises:
     ValueError: see `mac_files.read`.
@@ -59,8 +59,10 @@ def read(
   tree = mac_files.from_tensors(
     file, mac, model, documents, questions, heads=heads
   )
+  codebook, usage = _quantizer(file, codes)
   return tree | {
-    "quantizer": _quantizer(file, codes)[0],
+    "quantizer": codebook,
+    "usage": usage.ema,
     "kv_lora": _kv_lora(file, lora, model, alpha),
   }
 

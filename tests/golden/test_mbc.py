@@ -61,7 +61,7 @@ def _load(path, meta, name):
     found.model.config,
     alpha=meta["config"]["lora_alpha"],
   )
-  added = {"quantizer": codebook, "kv_lora": adapters}
+  added = {"quantizer": codebook, "usage": usage.ema, "kv_lora": adapters}
   return found._replace(params=found.params | added), usage
 
 
@@ -295,7 +295,7 @@ def test_training_step(base, bank, path):
   labels = found.inputs["qa_ids"].shape[1]
   settings = dataclasses.replace(found.model.settings, answer_labels=labels)
   model = found.model._replace(settings=settings)
-  memory = cmt_codebook.start(model, found.params)
+  memory = cmt_codebook.start(model)
   (loss, parts), grads = mac_set.train(
     model, found.params, memory, found.frozen, mac_set.batch(found, number)
   )
@@ -303,6 +303,7 @@ def test_training_step(base, bank, path):
   assert_close(parts["nll"], metrics["qa_loss"])
   assert_close(parts["vq"], metrics["vq_loss"])
   own, lora = dict(grads), found.params["kv_lora"]
+  np.testing.assert_array_equal(own.pop("usage"), 0)
   named = {"vq.embedding.weight": np.asarray(own.pop("quantizer"))}
   change = mbc_files.kv_lora_to_released(model.config, own.pop("kv_lora"), lora)
   named |= {f"base_lm.{key}": x for key, x in change.items()}

@@ -206,14 +206,14 @@ def test_which_codes_are_unused(threshold, moved):
   model = model_of(
     mbc.settings, num_codes=7, vq_threshold=threshold, vq_decay=0.5
   )
-  codes = {"quantizer": jnp.zeros((7, WIDTH))}
-  memory = cmt_codebook.start(model, codes)._replace(
+  codes = {"quantizer": jnp.zeros((7, WIDTH)), "usage": jnp.zeros(7)}
+  memory = cmt_codebook.start(model)._replace(
     candidates=jnp.ones((7, WIDTH)), counts=jnp.full(7, 0.3), found=jnp.int32(7)
   )
   update = cmt_codebook.make_post_update(model, lambda moments, _: moments)
   state = TrainState(jnp.int32(0), codes, (), memory)
   found = update(state, None, jax.random.key(0))
-  np.testing.assert_allclose(found.memory.usage.ema, 0.15, rtol=1e-6)
+  np.testing.assert_allclose(found.params["usage"], 0.15, rtol=1e-6)
   assert int((found.params["quantizer"] == 1).all(axis=1).sum()) == moved
 
 
@@ -229,16 +229,13 @@ def test_codes_and_the_mean_of_places_follow_the_memories(quantized):
     name: _draw(seed, *params[name].shape)
     for seed, name in enumerate(("center", "quantizer"))
   }
-  memory = cmt_codebook.start(model, params)
-  assert (memory.usage.ema == 1).all(), "these codes are trained"
-  memory = memory._replace(
-    usage=memory.usage._replace(ema=jnp.full(7, 0.5)),
-  )
+  params = params | {"usage": jnp.full(7, 0.5)}
+  memory = cmt_codebook.start(model)
   batch = batch_of()
   (_, aux), grads = jax.jit(
     jax.value_and_grad(lambda p: loss_of(model, p, batch, memory), has_aux=True)
   )(params)
-  for name in ("center", "quantizer"):
+  for name in ("center", "quantizer", "usage"):
     np.testing.assert_array_equal(grads[name], 0)
   update = cmt_codebook.make_post_update(model, lambda moments, _: moments)
   state = TrainState(jnp.int32(0), params, (), aux.memory)
@@ -258,14 +255,17 @@ def test_codes_and_the_mean_of_places_follow_the_memories(quantized):
   codes = np.asarray(params["quantizer"])
   if not quantized:
     np.testing.assert_array_equal(found.params["quantizer"], codes)
+    np.testing.assert_array_equal(found.params["usage"], 0.5)
     assert "vq" not in aux.metrics
     return
   vectors = (memories - center).reshape(-1, codes.shape[1])
   chosen = np.square(vectors[:, None] - codes[None]).sum(axis=-1).argmin(axis=1)
   for code in range(7):
     own = vectors[chosen == code]
+    used = 0.75 * 0.5 + 0.25 * len(own)
+    np.testing.assert_allclose(found.params["usage"][code], used, rtol=1e-5)
     total = 0.75 * 0.5 * codes[code] + 0.25 * own.sum(axis=0)
-    want = total / (0.75 * 0.5 + 0.25 * len(own))
+    want = total / used
     np.testing.assert_allclose(
       found.params["quantizer"][code], want if len(own) else codes[code],
       rtol=1e-4, atol=1e-5,
@@ -279,11 +279,12 @@ def test_codes_and_the_mean_of_places_follow_the_memories(quantized):
 
 def test_what_follows_is_neither_decayed_nor_moved_by_adam():
   tx = cmt_params.make_optimizer(lambda step: 1e-2, weight_decay=0.5)
-  params = {k: jnp.ones(2) for k in ("center", "quantizer", "slots")}
+  params = {k: jnp.ones(2) for k in ("center", "quantizer", "usage", "slots")}
   moved, _ = tx.update(
     jax.tree.map(jnp.zeros_like, params), tx.init(params), params
   )
-  assert (moved["center"] == 0).all() and (moved["quantizer"] == 0).all()
+  for name in ("center", "quantizer", "usage"):
+    assert (moved[name] == 0).all()
   assert (moved["slots"] < 0).all()
 
 
@@ -291,13 +292,11 @@ def test_a_drawn_codebook_gives_way_and_a_trained_one_stays():
   """One step on vectors of which all choose one code."""
   model = model_of(mbc.settings, num_codes=7, vq_update="ema")
   drawn = cmt_params.init(model, small.params(), rng=jax.random.key(0))
-  trained = drawn | {"quantizer": 9 * drawn["quantizer"]}
+  trained = drawn | {"usage": jnp.ones(7)}
   update = cmt_codebook.make_post_update(model, lambda moments, _: moments)
   counts = jnp.zeros(7).at[2].set(7.0)
-  for params, usage, moved in ((drawn, 0, 7), (trained, 1, 1)):
-    memory = cmt_codebook.start(model, params)
-    assert (memory.usage.ema == usage).all()
-    memory = memory._replace(
+  for params, moved in ((drawn, 7), (trained, 1)):
+    memory = cmt_codebook.start(model)._replace(
       counts=counts, sums=jnp.ones((7, WIDTH)) * counts[:, None],
       candidates=jnp.ones((7, WIDTH)), found=jnp.int32(7),
     )  # fmt: skip
