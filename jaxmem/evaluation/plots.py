@@ -69,6 +69,7 @@ def curves(
   panels: Mapping[str, Mapping[str, Curve]],
   *,
   x_label: str = "step",
+  labels: Sequence[str] = (),
 ) -> None:
   """Draw a panel of lines per metric, with one legend.
 
@@ -76,8 +77,11 @@ def curves(
     path: the PNG file.
     panels: title -> label -> curve; a label has one colour everywhere.
     x_label: under every panel.
+    labels: those that come first, so that plots of the same labels have the
+      same colours though one may lack a curve.
   """
-  labels = list(dict.fromkeys(label for p in panels.values() for label in p))
+  found = (label for lines in panels.values() for label in lines)
+  labels = list(dict.fromkeys([*labels, *found]))
   figure, axes = _grid(len(panels), panel=(3.8, 2.9), extra=_room(labels))
   handles = {}
   for axis, (title, lines) in zip(axes, panels.items(), strict=True):
@@ -93,7 +97,7 @@ def curves(
     axis.set_title(title, fontsize="medium")
     axis.set_xlabel(x_label)
     axis.grid(alpha=0.3)
-  _legend(figure, handles)
+  _legend(figure, {name: handles[name] for name in labels if name in handles})
   figure.savefig(path, dpi=_DPI, bbox_inches="tight")
 
 

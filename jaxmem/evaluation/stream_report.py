@@ -180,5 +180,5 @@ def draw(
   if not panels:
     return None
   path = folder / f"{name}.png"
-  plots.curves(path, panels, x_label=x_label)
+  plots.curves(path, panels, x_label=x_label, labels=list(curves))
   return path
