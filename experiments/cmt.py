@@ -241,7 +241,8 @@ def write_results(exp, stream, results, record) -> None:
   if jax.process_index() != 0:
     return
   config = exp.config
-  rung = "top-16" if cmt_setup.retrieved(config) else "all"
+  number = cmt_setup.retrieved(config)
+  rung = f"top-{number}" if number else "all"
   result = cmt_streams.headline(results, rung) | record
   result |= {"seed": config.seed, "method": config.method}
   result |= {"base": exp.base.name, "documents": len(stream.documents)}

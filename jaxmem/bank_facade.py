@@ -30,6 +30,7 @@ from jaxmem.memory.memory import Memory
 from jaxmem.methods import bank_shards, cmt_batches, cmt_learner, cmt_load
 from jaxmem.methods.cmt_batches import Reading
 from jaxmem.models import generate
+from jaxmem.models.fingerprint import to_host
 from jaxmem.models.generate_settings import GenerateSettings
 from jaxmem.training import parallel
 from jaxmem.training.learners import compile_learner
@@ -67,7 +68,9 @@ class BankModel:
     Raises:
       ValueError: a capacity below 1.
     """
-    learner = self._learner(_reading(self._even(capacity)))
+    reading = _reading(capacity)  # checked as it was given
+    reading = dataclasses.replace(reading, capacity=self._even(capacity))
+    learner = self._learner(reading)
     return Memory(learner.init(jax.random.key(seed)), self.fingerprint)
 
   def write(
@@ -197,11 +200,15 @@ class BankModel:
   def grow(self, memory: Memory, capacity: int) -> Memory:
     """Give a memory room for more documents; programs are compiled anew.
 
+    As with `start`, devices may round the capacity up.
+
     Raises:
       ValueError: a memory of another model, or less room than it has.
     """
-    state = bank.grow(self._arrays(memory), self._even(capacity))
-    return Memory(state, self.fingerprint)
+    state = self._arrays(memory)
+    if capacity > len(state.valid):
+      capacity = self._even(capacity)
+    return Memory(bank.grow(state, capacity), self.fingerprint)
 
   def statistics(self, memory: Memory) -> bank.Statistics:
     """Count what a memory holds, in plain numbers.
@@ -346,7 +353,7 @@ def _documents(state, texts, ids):
 
 def _held(state) -> set[int]:
   """Numbers of the documents in a bank."""
-  return set(np.asarray(state.doc_id)[np.asarray(state.valid)].tolist())
+  return set(to_host(state.doc_id)[to_host(state.valid)].tolist())
 
 
 def _listed(ids):

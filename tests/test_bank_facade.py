@@ -214,6 +214,10 @@ def test_a_mesh_spreads_the_bank(lm, written, trained, tmp_path):
   assert spread.answer(memory, ASK, settings=FEW) == said
   assert share(spread.delete(memory, 1)) == 2
   assert spread.statistics(memory).fill == len(TEXTS)
+  with pytest.raises(ValueError, match="does not grow to 9"):
+    spread.grow(memory, 9)
+  with pytest.raises(ValueError, match="capacity is -3"):
+    spread.start(-3)
   grown = spread.grow(memory, 17)
   assert len(grown.arrays.valid) == 24
   assert spread.answer(grown, ASK, settings=FEW) == said

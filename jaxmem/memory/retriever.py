@@ -165,26 +165,34 @@ def fetch(
 ) -> jax.Array:
   """Return what slots hold, from the devices that they lie on.
 
-  Each device gives what it has and zeros for the rest, and the sum goes by rows
-  to the devices again. Not for scores of -inf or other values that zeros spoil.
+  Each device gives what it has, and zeros for the rest; each gets its own rows
+  of the sum. Source: our choice.
 
   Args:
-    leaf: [M, ..], of numbers; with axis_name the part of this device.
+    leaf: [M, ..], numbers; with axis_name the part of this device.
     index: slots, as `top_k` counts them; the same on all devices.
-    axis_name: as of `top_k`; it divides B.
+    axis_name: as of `top_k`.
 
-  Returns: [B, R, ..]; with axis_name this device's rows.
+  Returns: [B, R, ..]; with axis_name this device's share of B.
+
+  Raises:
+    ValueError: B that is not divisible by the devices.
   """
   if axis_name is None:
     return leaf[index]
-  slots = leaf.shape[0]
+  slots, shards = leaf.shape[0], jax.lax.axis_size(axis_name)
+  if index.shape[0] % shards:
+    raise ValueError(
+      f"fetch for {index.shape[0]} rows on {shards} devices: pad the rows to a "
+      "multiple"
+    )
   local = index - jax.lax.axis_index(axis_name) * slots
   here = (local >= 0) & (local < slots)
   found = leaf[jnp.clip(local, 0, slots - 1)]
   here = here.reshape(*here.shape, *(1,) * (leaf.ndim - 1))
   # Sums of integers of fewer bits are not to be had everywhere.
-  wide = jnp.issubdtype(leaf.dtype, jnp.integer)
-  found = jnp.where(here, found, 0).astype(jnp.int32 if wide else leaf.dtype)
+  whole = jnp.issubdtype(leaf.dtype, jnp.integer)
+  found = jnp.where(here, found, 0).astype(jnp.int32 if whole else leaf.dtype)
   found = jax.lax.psum_scatter(found, axis_name, tiled=True)
   return found.astype(leaf.dtype)
 

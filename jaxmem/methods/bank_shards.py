@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from jaxmem.memory import bank, retriever
 from jaxmem.training import parallel
 
-# Of every leaf; the counters and the key, which are scalars, are whole.
+# Of every leaf; the counters and `rng`, which are scalars, are whole.
 RULES = ((".*", parallel.ROWS),)
 _AXES = parallel.ROWS[0]
 _WHOLE = PartitionSpec()
@@ -32,7 +32,10 @@ def top_k(
   """Search the bank, see `retriever.top_k`.
 
   Args:
+    queries: of all devices.
     mesh: that its slots are spread over; None: each device has all.
+
+  Returns: of all queries, whole on every device.
   """
   find = functools.partial(retriever.top_k, k=k, parts=parts)
   if mesh is not None:
@@ -48,7 +51,14 @@ def top_k(
 def fetch(
   leaf: jax.Array, index: Int[Array, "B R"], *, mesh: Mesh | None
 ) -> jax.Array:
-  """Return what slots hold, see `retriever.fetch`; mesh as in `top_k`."""
+  """Return what slots hold, see `retriever.fetch`; mesh as in `top_k`.
+
+  Args:
+    leaf: [M, ..] of the bank.
+    index: of all rows, which the devices divide.
+
+  Returns: [B, R, ..], its rows spread over the devices.
+  """
   if mesh is None:
     return leaf[index]
   return jax.shard_map(

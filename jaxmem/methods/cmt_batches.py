@@ -123,9 +123,15 @@ class Reading:
   def on(self, mesh: Mesh) -> "Reading":
     """Return it for the devices of a mesh, over which slots are spread.
 
-    Slots that data x fsdp does not divide are whole on every device.
+    A bank that never evicts gets as many slots more as data x fsdp divides; one
+    that does, and that these do not divide, is whole on every device.
     """
     shards = parallel.row_shards(mesh)
+    if self.policy == "none":
+      even = -(-self.capacity // shards) * shards
+      return dataclasses.replace(
+        self, capacity=even, mesh=mesh if shards > 1 else None
+      )
     if self.capacity % shards:
       _log.warning(
         "a bank of %d slots is not divisible by data x fsdp = %d: whole on "

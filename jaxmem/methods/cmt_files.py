@@ -9,6 +9,7 @@ Official state dicts of MAC and MBC are read by `methods/mac_files.py` and
 
 import dataclasses
 import json
+import logging
 import pathlib
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from jaxmem.training import optimizer
 
 WEIGHTS_FILE, SETTINGS_FILE = "memory.safetensors", "memory.json"
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+_log = logging.getLogger(__name__)
 
 
 SHIPPED = ("cmt", "mac", "mbc")  # trained on the embedded model tiny
@@ -186,6 +188,15 @@ def load(
     frozen,
   )
   tensors = tensor_files.open_file(directory / WEIGHTS_FILE)
+  number = model.settings.num_codes
+  if number and "usage" not in tensors:
+    _log.warning(
+      "%s was written before the usage of codes was: each counts as if chosen "
+      "once a step, where training goes on",
+      directory / WEIGHTS_FILE,
+    )
+    once = np.ones(number, np.float32)
+    tensors["usage"] = tensor_files.Tensor(directory, once, once.shape, "F32")
   wanted = {name: leaf.shape for name, leaf in _named(like).items()}
   given = {name: tensor.shape for name, tensor in tensors.items()}
   if wrong := sorted(set(wanted.items()) ^ set(given.items())):

@@ -219,8 +219,7 @@ def _slots_of(state: bank.Bank, ids: jax.Array) -> retriever.Retrieved:
 
 
 def stored_memories(params: cmt.Params, stored: jax.Array) -> jax.Array:
-  """Return the memories [.., C, D] float32 of what a bank holds: codes are
-  looked up."""
+  """Return memories [.., C, D] float32; with a codebook, codes are stored."""
   if "quantizer" in params:
     stored = cmt_codebook.decode(params, stored.astype(jnp.int32))
   return stored.astype(jnp.float32)

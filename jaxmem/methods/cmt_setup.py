@@ -261,10 +261,16 @@ def make_reading(
       f"{pieces if data.max_pieces > 1 else ''}: raise it, or say with "
       f"eval.policy what a full bank does ({', '.join(bank.POLICIES[1:])})"
     )
+  if "retrieved" not in changes and retrieved(config) > capacity:
+    raise ValueError(
+      f"of_method.{config.method}.retrieved is {retrieved(config)}, and the "
+      f"bank has {capacity} slots for {documents} documents: give 0 (all) to "
+      f"{capacity}, or more documents"
+    )
   given = {
     "capacity": capacity,
     "decode": decoding(asked.decode, asked.max_new_tokens),
-    "retrieved": min(retrieved(config), capacity),
+    "retrieved": retrieved(config),
     "score": asked.score,
     "min_match": limit if retrieved(config) else -1.0,
     "dtype": asked.bank_dtype,

@@ -22,7 +22,7 @@ WORLD = "world"
 SETS = ("squad", "streamingqa", "archivalqa")  # how a source's rows are read
 IDS_FILE = "stream_ids.json"
 # Of a run's ladder, in percent: what goes to the top of result.json.
-# METHOD is the rung that the method itself has: MAC and MBC read all.
+# METHOD is the rung that the method itself has, by its `retrieved`.
 METHOD = "method"
 HEADLINE = {
   "own": ("own memory", "all", "em"),

@@ -135,7 +135,8 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
   model_dir, questions, compiled_once, tmp_path, monkeypatch
 ):
   """Articles of one file are split; the ids of those asked are written."""
-  source = {"data.source": str(questions)}
+  source = {"data.source": str(questions), "of_method.cmt.retrieved": 1}
+  source |= {"eval.ladder": "('top-1',)"}
   select = {
     "score": "f1",
     "source": questions,
@@ -186,8 +187,8 @@ def test_a_run_that_is_stopped_goes_on_and_ends_the_same(
     == 0
   )
   report = tmp_path / "whole" / "report" / cmt_ladders.OUTPUT_FILE
-  top = _cells(report.read_text())["top-16"]
-  alone = _cells((tmp_path / "whole" / "ladder.md").read_text())["top-16"]
+  top = _cells(report.read_text())["top-1"]
+  alone = _cells((tmp_path / "whole" / "ladder.md").read_text())["top-1"]
   assert "## baseline: 2 runs (pipeline check" in report.read_text()
   assert top == [f"{cell} ± 0.0" for cell in alone]
   (tmp_path / "again" / experiment.LADDER_FILE).unlink()
@@ -206,7 +207,8 @@ def _cells(table):
 
 def _answers(workdir):
   ladder = json.loads((workdir / "ladder.json").read_text())
-  return [answer["text"] for answer in ladder["top-16"]["answers"]]
+  (rung,) = ladder.values()
+  return [answer["text"] for answer in rung["answers"]]
 
 
 def test_which_rows_are_trained_on_and_asked_about(
@@ -359,6 +361,9 @@ def test_a_ladder_shares_one_bank():
 
 def test_how_documents_and_questions_are_read_is_configured():
   config = configs.load("configs/cmt.py:tiny")
+  with pytest.raises(ValueError, match="retrieved is 16, and the bank has 10"):
+    cmt_setup.make_reading(config, 10)
+  configs.apply(config, {"of_method.cmt.retrieved": 10})
   reading = cmt_setup.make_reading(config, 10)
   assert reading.deduplicate and reading.max_question_tokens == 256
   changes = {"eval.deduplicate": False, "eval.max_question_tokens": 3}

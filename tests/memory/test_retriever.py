@@ -141,6 +141,8 @@ def test_slots_are_fetched_from_where_they_lie(dtype):
     )
   )
   np.testing.assert_array_equal(fetch(held, index), held[index])
+  with pytest.raises(ValueError, match="7 rows on 8 devices: pad"):
+    fetch(held, index[:7])
 
 
 def test_shards_of_two_processes():

@@ -21,7 +21,16 @@ from tests.methods.test_cmt import model_of
 # So many slots that whatever is sent of all of them is larger than all else.
 SLOTS = 4096
 READING = dataclasses.replace(plain.READING, capacity=SLOTS, batch_size=8)
-SENT = re.compile(r"= \w+\[([\d,]*)\]\S* (?:all|reduce|collective)-[\w-]+\(")
+SENT = re.compile(r"= (.*?) (?:all|reduce-scatter|collective)[\w-]*\(")
+SHAPE = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
+
+
+def _bytes(shapes):
+  """The largest of what a collective gives, which may be several arrays."""
+  return max(
+    int(bits or 8) // 8 * int(np.prod([int(n) for n in at.split(",") if n]))
+    for _, bits, at in SHAPE.findall(shapes)
+  )
 
 
 @functools.cache
@@ -79,13 +88,12 @@ def test_no_device_is_sent_memories_or_keys_of_the_bank(method):
     sent = SENT.findall(program.as_text())
     assert sent
     # Of a slot no more than whether it is full, where a document is written;
-    # a memory has three vectors or codes.
-    most = max(np.prod([int(n) for n in at.split(",") if n]) for at in sent)
-    assert most <= SLOTS
+    # a code takes two bytes, and a memory has three.
+    assert max(map(_bytes, sent)) <= SLOTS
 
 
-@pytest.mark.parametrize("policy", ["none", "fifo", "random_average"])
-def test_policies_free_the_slots_of_one_device(policy):
+@pytest.mark.parametrize("policy", bank.POLICIES)
+def test_every_policy_as_on_one_device(policy):
   def draw(*shape):
     return jax.random.normal(jax.random.key(len(shape)), shape)
 
@@ -108,8 +116,12 @@ def test_policies_free_the_slots_of_one_device(policy):
 
 
 def test_slots_that_devices_do_not_divide_are_whole(caplog):
-  reading = dataclasses.replace(READING, capacity=12)
+  reading = dataclasses.replace(READING, capacity=12, policy="fifo")
   assert reading.on(_mesh(4, 2, 1)).mesh is None
   assert "12 slots is not divisible by data x fsdp = 8" in caplog.text
   assert reading.on(_mesh(2, 2, 2)).mesh == _mesh(2, 2, 2)
   assert reading.on(_mesh(1, 1, 1)).mesh is None
+  never = dataclasses.replace(reading, policy="none")
+  assert never.on(_mesh(4, 2, 1)).capacity == 16
+  assert never.on(_mesh(4, 2, 1)).mesh == _mesh(4, 2, 1)
+  assert never.on(_mesh(1, 1, 1)) == never

@@ -54,6 +54,19 @@ def test_places_means_are_among_the_weights(tmp_path):
     load(tmp_path, plain)
 
 
+def test_weights_from_before_the_usage_of_codes_was_kept(tmp_path, caplog):
+  model = model_of(mbc.settings, num_codes=7)
+  params, saved = params_of(model), SAVED._replace(settings=model.settings)
+  older = {name: part for name, part in params.items() if name != "usage"}
+  cmt_files.save(tmp_path, saved, older)
+  np.testing.assert_array_equal(load(tmp_path, model)["usage"], np.ones(7))
+  assert "before the usage of codes was" in caplog.text
+  cmt_files.save(
+    tmp_path, saved, params | {"usage": np.arange(7.0, dtype=np.float32)}
+  )
+  np.testing.assert_array_equal(load(tmp_path, model)["usage"], np.arange(7))
+
+
 def test_weights_of_another_model_or_shape_are_refused(tmp_path):
   cmt_files.save(tmp_path, SAVED, params_of(MODEL))
   with pytest.raises(ValueError, match="fingerprint base, this one has other"):
