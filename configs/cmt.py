@@ -298,7 +298,8 @@ def _smoke(config: ConfigDict) -> None:
   config.of_method.mbc.tokens = 8  # no more than head_dim, for aligned_start
   for stage in config.stages.values():
     stage.update({"steps": 4, "rows": 2, "questions": 1})
-  config.stages.many.retrieved = 4
+  for part in (config.stages.many, config.of_method.cmt, config.of_method.mbc):
+    part.retrieved = 4
   config.data.update({"documents": 12, "known": 8})
   config.train.update({"steps_per_call": 2, "log_steps": 2, "save_steps": 4})
   config.eval.update(

@@ -261,16 +261,10 @@ def make_reading(
       f"{pieces if data.max_pieces > 1 else ''}: raise it, or say with "
       f"eval.policy what a full bank does ({', '.join(bank.POLICIES[1:])})"
     )
-  if "retrieved" not in changes and retrieved(config) > capacity:
-    raise ValueError(
-      f"of_method.{config.method}.retrieved is {retrieved(config)}, and the "
-      f"bank has {capacity} slots for {documents} documents: give 0 (all) to "
-      f"{capacity}, or more documents"
-    )
   given = {
     "capacity": capacity,
     "decode": decoding(asked.decode, asked.max_new_tokens),
-    "retrieved": retrieved(config),
+    "retrieved": min(retrieved(config), capacity),
     "score": asked.score,
     "min_match": limit if retrieved(config) else -1.0,
     "dtype": asked.bank_dtype,
@@ -314,10 +308,17 @@ def ladder(
     documents, calibrated: see `make_reading`.
 
   Raises:
-    ValueError: an unknown one, or none.
+    ValueError: an unknown one, or none; more retrieved than the bank holds.
   """
   if not config.eval.ladder:
     raise ValueError(f"eval.ladder is empty; give some of {', '.join(RUNGS)}")
+  capacity = config.eval.capacity or documents * config.data.max_pieces
+  if retrieved(config) > capacity:
+    raise ValueError(
+      f"of_method.{config.method}.retrieved is {retrieved(config)}, and the "
+      f"bank has {capacity} slots for {documents} documents: give 0 (all) to "
+      f"{capacity}, or more documents"
+    )
   out = {}
   for name in config.eval.ladder:
     check("eval.ladder", name, tuple(RUNGS))
@@ -327,7 +328,6 @@ def ladder(
     changes = {"score": "match"} | RUNGS[name]
     if changes["score"] != "match" or not changes["retrieved"]:
       changes["min_match"] = -1.0
-    capacity = config.eval.capacity or documents * config.data.max_pieces
     changes["retrieved"] = min(changes["retrieved"], capacity)
     out[name] = make_reading(
       config, documents, calibrated=calibrated, **changes

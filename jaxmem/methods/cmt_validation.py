@@ -39,12 +39,10 @@ def make_selection(
 ) -> selection.Selection:
   """Make how a run's weights are selected, by `config.select`."""
   chosen = config.select
-  capacity = len(stream.documents) * config.data.max_pieces
   reading = cmt_setup.make_reading(
     config,
     len(stream.documents),
-    capacity=capacity,
-    retrieved=min(cmt_setup.retrieved(config), capacity),
+    capacity=len(stream.documents) * config.data.max_pieces,
   )
   reading = dataclasses.replace(
     reading.on(base.mesh),

@@ -51,7 +51,7 @@ TINY = {
   "eval.min_match": -1.0,
   "eval.batch_size": 16,
   "eval.max_new_tokens": 2,
-  "eval.ladder": "('top-16',)",
+  "eval.ladder": "('top-4',)",
 }
 FILE = {
   "data.documents": 0,
@@ -362,8 +362,7 @@ def test_a_ladder_shares_one_bank():
 def test_how_documents_and_questions_are_read_is_configured():
   config = configs.load("configs/cmt.py:tiny")
   with pytest.raises(ValueError, match="retrieved is 16, and the bank has 10"):
-    cmt_setup.make_reading(config, 10)
-  configs.apply(config, {"of_method.cmt.retrieved": 10})
+    cmt_setup.ladder(config, 10)
   reading = cmt_setup.make_reading(config, 10)
   assert reading.deduplicate and reading.max_question_tokens == 256
   changes = {"eval.deduplicate": False, "eval.max_question_tokens": 3}
