@@ -241,8 +241,7 @@ def write_results(exp, stream, results, record) -> None:
   if jax.process_index() != 0:
     return
   config = exp.config
-  number = cmt_setup.retrieved(config)
-  rung = f"top-{number}" if number else "all"
+  rung = cmt_setup.own_rung(config)
   result = cmt_streams.headline(results, rung) | record
   result |= {"seed": config.seed, "method": config.method}
   result |= {"base": exp.base.name, "documents": len(stream.documents)}

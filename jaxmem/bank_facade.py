@@ -68,9 +68,7 @@ class BankModel:
     Raises:
       ValueError: a capacity below 1.
     """
-    reading = _reading(capacity)  # checked as it was given
-    reading = dataclasses.replace(reading, capacity=self._even(capacity))
-    learner = self._learner(reading)
+    learner = self._learner(_reading(capacity))
     return Memory(learner.init(jax.random.key(seed)), self.fingerprint)
 
   def write(
@@ -205,10 +203,8 @@ class BankModel:
     Raises:
       ValueError: a memory of another model, or less room than it has.
     """
-    state = self._arrays(memory)
-    if capacity > len(state.valid):
-      capacity = self._even(capacity)
-    return Memory(bank.grow(state, capacity), self.fingerprint)
+    state = bank.grow(self._arrays(memory), capacity)
+    return Memory(self._spread(state), self.fingerprint)
 
   def statistics(self, memory: Memory) -> bank.Statistics:
     """Count what a memory holds, in plain numbers.
@@ -243,15 +239,14 @@ class BankModel:
   def _arrays(self, memory):
     """The bank of a memory of this model, on its devices."""
     memory_files.check(memory, self.fingerprint)
-    state = memory.arrays
-    if (even := self._even(len(state.valid))) > len(state.valid):
+    return self._spread(memory.arrays)
+
+  def _spread(self, state):
+    """A bank over the slots' devices, with as many more as these divide."""
+    even = parallel.even_rows(len(state.valid), self._mesh)
+    if even > len(state.valid):
       state = bank.grow(state, even)
     return parallel.shard(state, self._mesh, bank_shards.RULES)
-
-  def _even(self, capacity):
-    """So many slots, rounded up to a number that the mesh divides."""
-    shards = parallel.row_shards(self._mesh)
-    return -(-capacity // shards) * shards
 
   def _learner(self, reading):
     """The learner that reads and asks in one way, compiled once for each."""
@@ -267,8 +262,7 @@ class BankModel:
   def _rows(self, number):
     """Rows of a batch for so many texts: few programs, little padding."""
     rows = min(_ROWS, bank.next_capacity(number))
-    shards = parallel.row_shards(self._mesh)
-    return -(-rows // shards) * shards
+    return parallel.even_rows(rows, self._mesh)
 
   def _limit(self, given):
     """Tokens of a document, at most."""

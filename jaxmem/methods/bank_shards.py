@@ -59,11 +59,12 @@ def fetch(
 
   Returns: [B, R, ..], its rows spread over the devices.
   """
-  if mesh is None:
-    return leaf[index]
-  return jax.shard_map(
-    functools.partial(retriever.fetch, axis_name=_AXES),
-    mesh=mesh,
-    in_specs=(parallel.ROWS, _WHOLE),
-    out_specs=parallel.ROWS,
-  )(leaf, index)
+  get = retriever.fetch
+  if mesh is not None:
+    get = jax.shard_map(
+      functools.partial(get, axis_name=_AXES),
+      mesh=mesh,
+      in_specs=(parallel.ROWS, _WHOLE),
+      out_specs=parallel.ROWS,
+    )
+  return get(leaf, index)

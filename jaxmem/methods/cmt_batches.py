@@ -127,19 +127,17 @@ class Reading:
     that does, and that these do not divide, is whole on every device.
     """
     shards = parallel.row_shards(mesh)
-    if self.policy == "none":
-      even = -(-self.capacity // shards) * shards
-      return dataclasses.replace(
-        self, capacity=even, mesh=mesh if shards > 1 else None
-      )
-    if self.capacity % shards:
+    even = parallel.even_rows(self.capacity, mesh)
+    if even > self.capacity and self.policy != "none":
       _log.warning(
         "a bank of %d slots is not divisible by data x fsdp = %d: whole on "
         "each device; give it a multiple",
         self.capacity, shards,
       )  # fmt: skip
-    one = shards == 1 or self.capacity % shards
-    return dataclasses.replace(self, mesh=None if one else mesh)
+      return dataclasses.replace(self, mesh=None)
+    return dataclasses.replace(
+      self, capacity=even, mesh=mesh if shards > 1 else None
+    )
 
 
 def needs_keys(given: Mapping[str, Any], score_weight: float | int) -> bool:

@@ -299,6 +299,12 @@ RUNGS = {
 }
 
 
+def own_rung(config: ConfigDict) -> str:
+  """Name the rung that asks as the method does."""
+  own = {"retrieved": retrieved(config)}
+  return next((k for k, changes in RUNGS.items() if changes == own), CONFIGURED)
+
+
 def ladder(
   config: ConfigDict, documents: int, *, calibrated: float = -1.0
 ) -> dict[str, Reading]:

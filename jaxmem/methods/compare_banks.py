@@ -11,20 +11,20 @@ from ml_collections import ConfigDict
 
 from jaxmem.data.streams import Stream
 from jaxmem.memory import bank
-from jaxmem.methods import cmt, cmt_files, cmt_learner, cmt_t5
+from jaxmem.methods import cmt, cmt_files, cmt_learner, cmt_setup, cmt_t5
 from jaxmem.methods.cmt_batches import Reading, needs_keys
 from jaxmem.methods.compare_setup import Base, Made, most_documents
 from jaxmem.training.learners import compile_learner
 
-METHODS = ("cmt", "mac", "mbc")
+METHODS = tuple(cmt_setup.METHODS)
 WAYS = {  # to ask a bank otherwise than the weights say, by a learner's ending
-  "_1": {"retrieved": 1},
-  "_4": {"retrieved": 4},
-  "_16": {"retrieved": 16},
-  "_all": {"retrieved": 0},
-  "_own": {"retrieved": 1, "score": "oracle"},
-  "_random": {"retrieved": 16, "score": "random"},
-  "_shuffled": {"retrieved": 1, "score": "shuffled"},
+  "_1": cmt_setup.RUNGS["top-1"],
+  "_4": cmt_setup.RUNGS["top-4"],
+  "_16": cmt_setup.RUNGS["top-16"],
+  "_all": cmt_setup.RUNGS["all"],
+  "_own": cmt_setup.RUNGS["own memory"],
+  "_random": cmt_setup.RUNGS["random 16"],
+  "_shuffled": cmt_setup.RUNGS["shuffled"],
 }
 
 

@@ -327,8 +327,7 @@ def pretrain(
       f"question answering needs rows (got {len(rows)}), steps ({steps}) and "
       f"batch_size ({batch_size}) of at least 1, and a rate ({rate}) above 0"
     )
-  shards = parallel.row_shards(loaded.mesh)
-  size = -(-batch_size // shards) * shards
+  size = parallel.even_rows(batch_size, loaded.mesh)
   model = remix.Model(
     loaded.config, dtype, constrain=parallel.make_constrain(loaded.mesh)
   )

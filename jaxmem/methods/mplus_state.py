@@ -261,8 +261,7 @@ def capacity_for(
 
 def even_slots(number: int, mesh: Mesh | None) -> int:
   """Round a number of long-term slots up to one that a mesh divides."""
-  parts = 1 if mesh is None else parallel.row_shards(mesh)
-  return -(-number // parts) * parts
+  return number if mesh is None else parallel.even_rows(number, mesh)
 
 
 def check_state(model: Model, state: State) -> None:

@@ -135,8 +135,7 @@ class Reader:
   @property
   def rows(self) -> int:
     """Rows of a batch."""
-    shards = parallel.row_shards(self.loaded.mesh)
-    return -(-self.batch_size // shards) * shards
+    return parallel.even_rows(self.batch_size, self.loaded.mesh)
 
   def prompt(self, question: str, documents: Sequence[str] = ()) -> list[int]:
     """Ids of a question behind documents."""

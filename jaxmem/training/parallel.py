@@ -64,6 +64,11 @@ def row_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def even_rows(number: int, mesh: Mesh) -> int:
+  """Round a number of rows or slots up to one that data x fsdp divides."""
+  return -(-number // row_shards(mesh)) * row_shards(mesh)
+
+
 def _axis_size(mesh, axes):
   axes = axes if isinstance(axes, tuple) else (axes,)
   return int(np.prod([mesh.shape[axis] for axis in axes]))
@@ -155,7 +160,6 @@ def make_constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
   """
   if mesh.size == 1:
     return lambda x: x
-  sharding = NamedSharding(mesh, ROWS)
 
   def constrain(x):
     if x.shape[0] % row_shards(mesh):
@@ -163,7 +167,7 @@ def make_constrain(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
         f"batch of {x.shape[0]} rows is not divisible by data x fsdp = "
         f"{row_shards(mesh)} shards: pad the batch or change the mesh"
       )
-    return jax.lax.with_sharding_constraint(x, sharding)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
 
   return constrain
 
