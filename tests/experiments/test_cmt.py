@@ -359,6 +359,15 @@ def test_a_ladder_shares_one_bank():
   assert cmt_setup.ladder(config, 10)["configured"].retrieved == 16
 
 
+@pytest.mark.parametrize(
+  ("drawn", "rung"), [(16, "top-16"), (0, "all"), (7, "configured")]
+)
+def test_the_headline_is_of_what_the_method_draws_on(drawn, rung):
+  config = configs.load("configs/cmt.py:tiny")
+  config.of_method.cmt.retrieved = drawn
+  assert cmt_setup.own_rung(config) == rung
+
+
 def test_how_documents_and_questions_are_read_is_configured():
   config = configs.load("configs/cmt.py:tiny")
   with pytest.raises(ValueError, match="retrieved is 16, and the bank has 10"):
