@@ -233,7 +233,8 @@ class BankModel:
     like = cmt_learner.empty_bank(
       self.loaded.model, _reading(1), rng=jax.random.key(0)
     )
-    memory = memory_files.load(path, like, self.fingerprint)
+    # On the host first, for no device need have room for the whole.
+    memory = memory_files.load(path, like, self.fingerprint, put=np.asarray)
     return Memory(self._arrays(memory), self.fingerprint)
 
   def _arrays(self, memory):
@@ -363,8 +364,8 @@ def load(
   Args:
     directory: one of `cmt_files.SHIPPED`, or WORKDIR/memory of experiments.cmt.
     mesh: spreads the language model, and the bank over its slots (data x
-      fsdp): of that no device ever has the whole, but where a question draws
-      on all documents. None: the first device.
+      fsdp): no device has the whole, but where a question draws on all
+      documents, and while a bank grows. None: the first device.
     options: of `cmt_load.load` (base, t5, dtype).
 
   Raises:
